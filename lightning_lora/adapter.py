@@ -1,0 +1,85 @@
+"""`Adapter`: a low-rank change to one (out, in) matrix, ``W' = W + scaling * up @ down``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_lora.method import Method
+
+Role = Literal["A", "B", "magnitude", "scale", "core"]
+T = TypeVar("T")
+
+
+class Adapter(nn.Module):
+    """A low-rank change to one matrix, holding its factors as parameters.
+
+    A method's file subclasses it, declares what each parameter is in ``roles``, and writes ``reset_parameters`` and
+    ``factors``; everything else follows. Parameters are raw ``nn.Parameter``s, never ``nn.Linear``s, so that sweeps
+    over linear layers (quantizers, initialisers, wrapping policies) pass by.
+
+    Attributes:
+        method: The hyperparameters that it was built from, with the rank and alpha of its own site.
+        scaling: The factor on ``up @ down``.
+        dropout: Probability with which an element of the adapter's input is zeroed in training mode.
+        roles: What each parameter is, by name; the optimizer groups, and nothing else, look at it.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+    method: Method
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, from the shapes and the adapter's own seed alone."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``up`` (out, r) and ``down`` (r, in)."""
+
+    def delta(self) -> Tensor:
+        """Return the dense change (out, in), ``scaling * up @ down``."""
+        up, down = self.factors()
+        return self.scaling * (up @ down)
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """Return the adapted matrix in the dtype of ``weight``, rounded once.
+
+        Args:
+            weight: The base matrix (out, in).
+        """
+        return (weight + self.delta()).to(weight.dtype)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return ``x`` after the adapter's dropout."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def forward(self, compute: Callable[..., T], *args: object) -> T:
+        """Run ``compute(self, *args)`` as this module's forward.
+
+        A host reaches the parameters only through this call, so that hooks on the adapter (FSDP's gather, say)
+        surround every use of them.
+        """
+        return compute(self, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Let moves between devices pass but never lose precision: fp32 adapters stay fp32 over a bf16 base."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            if probe.dtype == tensor.dtype:
+                return fn(tensor)
+            return tensor.to(probe.device, torch.promote_types(probe.dtype, tensor.dtype))
+
+        was_meta = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not any(parameter.is_meta for parameter in self.parameters()):
+            self.reset_parameters()
+        return self

@@ -1,0 +1,224 @@
+"""`LoRACallback`: LoRA for a LightningModule, by one more callback of its Trainer. Glue only, no arithmetic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lora.adapter import Role
+from lightning_lora.callbacks.guards import Audit, frozen_norms
+from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
+from lightning_lora.inject import Bias, inject
+from lightning_lora.merge import check_not_merged
+from lightning_lora.method import Method
+from lightning_lora.methods.lora import LoRA
+from lightning_lora.optim import check_ratio, link, place, split
+from lightning_lora.report import table, totals
+from lightning_lora.sites import sites
+
+_ABSENT = object()
+
+
+class LoRACallback(Callback):
+    """Adapt a LightningModule: inject adapters, freeze the base, split its optimizers, write adapter-only checkpoints.
+
+    The module and its ``configure_optimizers`` stay as they are.
+
+    Args:
+        method: What to inject.
+        target_modules: ``all-linear``, a list of names or globs, or one regular expression for whole names.
+        exclude_modules: Names or globs to leave out.
+        modules_to_save: Names or globs of what is trained in full and saved too, such as a new head.
+        bias: Which biases are trained in full: none, those of adapted modules, or all.
+        rank_pattern: Other ranks, by name or glob; the first that fits decides.
+        alpha_pattern: Other alphas, likewise.
+        lr_ratio: Learning rate of B divided by that of A (LoRA+); 1 is plain LoRA.
+        weight_decay: Weight decay by role (A, B, ...) where it differs from the optimizer's.
+        dtype: Floating-point type of the adapters; by default fp32, or wider where the layer is.
+        audit: Stop after the first batch if an adapter got no gradient.
+        allow_base_mismatch: Resume although the checkpoint was trained on another base.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        method: Method = LoRA(),  # noqa: B008 - frozen, and the command line shows it as the default
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: list[str] | None = None,
+        modules_to_save: list[str] | None = None,
+        bias: Bias = "none",
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        lr_ratio: float = 1.0,
+        weight_decay: dict[Role, float] | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+        audit: bool = True,
+        allow_base_mismatch: bool = False,
+    ) -> None:
+        check_ratio(lr_ratio)
+        if not isinstance(method, Method):
+            raise ValueError(f"method={method!r}: give a method, for example LoRACallback(LoRA(r=8))")
+        self.method = method
+        self.target_modules = target_modules
+        self.exclude_modules = exclude_modules or []
+        self.modules_to_save = modules_to_save or []
+        self.bias = bias
+        self.rank_pattern = rank_pattern
+        self.alpha_pattern = alpha_pattern
+        self.lr_ratio = lr_ratio
+        self.weight_decay = weight_decay
+        self.dtype = dtype
+        self.audit = audit
+        self.allow_base_mismatch = allow_base_mismatch
+        self._undo: list[Callable[[], None]] = []
+        self._audit: Audit | None = None
+        self._norms: list[nn.Module] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait for the module to be whole: its own ``setup`` and ``configure_model`` come after this hook."""
+        self._undo_all()
+        self._wrap(pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, build))
+        if stage == "fit":
+            self._wrap(pl_module, "configure_optimizers", lambda build: self._configure_optimizers(pl_module, build))
+        tolerant = pl_module.register_load_state_dict_post_hook(tolerate_missing_base)  # type: ignore[no-untyped-call]
+        self._undo.append(tolerant.remove)
+        present: Any = trainer.strategy.checkpoint_io
+        inner = present.checkpoint_io if isinstance(present, AdapterCheckpointIO) else present
+        trainer.strategy.checkpoint_io = AdapterCheckpointIO(inner, pl_module, self.allow_base_mismatch)
+
+    def _configure_model(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> None:
+        build()
+        trainer.precision_plugin.convert_module(pl_module)  # plugins that replace layers would replace adapted ones
+        known = len(sites(pl_module))
+        seed = os.environ.get("PL_GLOBAL_SEED")  # the same on every rank, which PyTorch's own seed need not be
+        found = inject(
+            pl_module,
+            self.method,
+            self.target_modules,
+            exclude_modules=self.exclude_modules,
+            modules_to_save=self.modules_to_save,
+            bias=self.bias,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            seed=int(seed) if seed is not None else 0,
+            dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
+        )
+        if len(found) > known:
+            rank_zero_info(f"{table(found)}\n{totals(pl_module)}")
+
+    def _configure_optimizers(self, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
+        try:
+            returned = build()
+        except ValueError as error:
+            if "empty parameter list" not in str(error):
+                raise
+            raise ValueError(
+                "configure_optimizers gave its optimizer no parameter: it filters by requires_grad and what it chose "
+                "is frozen now; list that module in LoRACallback(modules_to_save=[...])"
+            ) from error
+        optimizers, schedulers = _collect(returned)
+        if not optimizers:
+            raise ValueError("configure_optimizers returned no optimizer, so the adapters would not be trained")
+        guess = place(pl_module, optimizers)
+        if guess is not None:
+            rank_zero_warn(guess)
+        for optimizer in optimizers:
+            split(pl_module, optimizer, self.lr_ratio, self.weight_decay)
+        for scheduler in schedulers:
+            link(scheduler, optimizers, self.lr_ratio, self.weight_decay)
+        return returned
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Train the adapters' dropout even where the base was loaded in eval mode, and hold frozen norms still."""
+        for site in sites(pl_module):
+            site.slot.train()
+        self._norms = frozen_norms(pl_module)
+        self._audit = Audit(pl_module) if self.audit else None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep frozen running statistics from drifting, whatever called ``train()`` meanwhile."""
+        check_not_merged(pl_module, "train")
+        for norm in self._norms:
+            norm.eval()
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that gradients were computed."""
+        if self._audit is not None:
+            self._audit.backward_ran = True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge the first batch that had a backward."""
+        if self._audit is not None and self._audit.backward_ran:
+            audit, self._audit = self._audit, None
+            audit.stop()
+            audit.check()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind; Lightning does not tear down after an exception."""
+        self._undo_all()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind but the adapters and the checkpoint writer, which saves after the run need."""
+        self._undo_all()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Say what was trained; a stateful callback is also one that Lightning refuses to have twice."""
+        return {"method": type(self.method).__name__, "hyperparameters": self.method.hyperparameters()}
+
+    def _wrap(self, module: nn.Module, name: str, run: Callable[[Callable[[], Any]], Any]) -> None:
+        """Replace a method on this one object until it has run once, or until the run ends."""
+        previous = module.__dict__.get(name, _ABSENT)
+
+        def restore() -> None:
+            if previous is _ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = previous
+
+        def once() -> Any:  # no functools.wraps: Lightning looks through __wrapped__ and would not call it
+            restore()
+            self._undo.remove(restore)
+            return run(getattr(module, name))
+
+        module.__dict__[name] = once
+        self._undo.append(restore)
+
+    def _undo_all(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        if self._audit is not None:
+            self._audit.stop()
+            self._audit = None
+        self._norms = []
+
+
+def _collect(returned: Any) -> tuple[list[Optimizer], list[Any]]:
+    """Return the optimizers and schedulers in whatever nesting ``configure_optimizers`` returned them."""
+    if isinstance(returned, Optimizer):
+        return [returned], []
+    if isinstance(returned, dict):
+        returned = list(returned.values())
+    if isinstance(returned, list | tuple):
+        found = [_collect(item) for item in returned]
+        return [o for optimizers, _ in found for o in optimizers], [s for _, schedulers in found for s in schedulers]
+    return ([], [returned]) if hasattr(returned, "step") else ([], [])

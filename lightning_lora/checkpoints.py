@@ -1,0 +1,200 @@
+"""Lightning's checkpoints with our entries only: written whole, read strictly, with the adapter folder beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.description import describe
+from lightning_lora.files import SECTION, AdapterError, write_file, write_folder
+from lightning_lora.loading import adopt, check_same
+from lightning_lora.merge import check_not_merged, merge_
+from lightning_lora.saving import folder_contents
+from lightning_lora.sites import sites
+from lightning_lora.state import base_entries, own_entries, trained_in_full
+
+MARKER = "only adapters are in this file, read it with lightning_lora.load_from_checkpoint or with LoRACallback"
+TASK = "default"
+LM = TypeVar("LM", bound=LightningModule)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own reader and writer, but a local file is written beside its target, synced, and then renamed.
+
+    Lightning's writer goes through the system's temporary folder, so across file systems a crash loses the old file.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; other places than local files are left to Lightning."""
+        if storage_options is not None or is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_file(path, lambda file: torch.save(checkpoint, file))
+
+
+class AdapterCheckpointIO(_WrappingCheckpointIO):
+    """The outermost writer, through which every saver passes: it drops the base and writes the adapter folder.
+
+    Args:
+        checkpoint_io: The writer that the strategy had.
+        module: The adapted module.
+        allow_base_mismatch: Resume on another base than the one trained on.
+    """
+
+    def __init__(self, checkpoint_io: Any, module: nn.Module, allow_base_mismatch: bool = False) -> None:
+        super().__init__(_atomic(checkpoint_io))
+        self.module = module
+        self.allow_base_mismatch = allow_base_mismatch
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write our entries of a checkpoint, then the adapter folder of the same name.
+
+        Raises:
+            RuntimeError: If the adapters are merged.
+        """
+        state = checkpoint.get("state_dict")
+        if state is None:  # no checkpoint of Lightning's, such as what spawned processes send back
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        check_not_merged(self.module, "save a checkpoint")
+        ours = own_entries(self.module)
+        own_state = {name: tensor for name, tensor in state.items() if name in ours}
+        slim: dict[str, Any] = _without(checkpoint, base_entries(self.module))
+        slim["state_dict"] = {**own_state, MARKER: torch.empty(0)}
+        slim[SECTION] = describe(sites(self.module, TASK), TASK, "", trained_in_full(self.module))
+        super().save_checkpoint(slim, path, storage_options)
+        if is_remote(path):
+            rank_zero_warn(
+                f"{path} is not a local file: its adapter folder is not written; use save_adapter for a copy"
+            )
+        else:
+            write_folder(adapter_folder(path), folder_contents(self.module, own_state, TASK))
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint and check that it belongs to this model.
+
+        Raises:
+            AdapterError: If it holds no adapters, others than this run's, or was trained on another base.
+        """
+        checkpoint = super().load_checkpoint(path, *args, **kwargs)
+        section = checkpoint.get(SECTION)
+        if section is None:
+            raise AdapterError(
+                f"{path} was not written with LoRACallback, so it holds no adapters: load its weights where the module "
+                "builds its base, and start without ckpt_path"
+            )
+        check_same(self.module, section, path, allow_base_mismatch=self.allow_base_mismatch)
+        checkpoint["state_dict"].pop(MARKER, None)
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint and its adapter folder."""
+        super().remove_checkpoint(path)
+        if not is_remote(path):
+            shutil.rmtree(adapter_folder(path), ignore_errors=True)
+
+    @override
+    def teardown(self) -> None:
+        """Let the inner writer finish; Lightning's wrapper does not pass this on."""
+        if self.checkpoint_io is not None:
+            self.checkpoint_io.teardown()
+
+
+def adapter_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the adapter folder that belongs to a checkpoint: ``best.ckpt`` has ``best.adapter``."""
+    path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
+    return path.with_name(path.name.removesuffix(".ckpt") + ".adapter")
+
+
+def is_remote(path: Any) -> bool:
+    """Tell whether a path names another place than a local file."""
+    return "://" in str(path)
+
+
+def tolerate_missing_base(module: nn.Module, incompatible: Any) -> None:
+    """Strike the frozen base off the missing keys after ``load_state_dict``; all of our entries stay required."""
+    ours = own_entries(module)
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in ours]
+
+
+def load_from_checkpoint(
+    cls: type[LM],
+    checkpoint_path: str | Path,
+    *,
+    setup_stage: str | None = None,
+    merge: bool = False,
+    allow_base_mismatch: bool = False,
+    **kwargs: Any,
+) -> LM:
+    """Build a LightningModule and load into it a checkpoint that holds adapters only.
+
+    The class's own ``load_from_checkpoint`` cannot know about adapters: it raises on such a file, and with
+    ``strict=False`` returns the bare base.
+
+    Args:
+        cls: The LightningModule's class; it builds its base as it did for training.
+        checkpoint_path: A checkpoint written with ``LoRACallback``.
+        setup_stage: Call ``setup`` with this stage first, for modules that build their layers there.
+        merge: Return a plain model with the adapters merged.
+        allow_base_mismatch: Load although the base is not the one that the adapters were trained on.
+        kwargs: As for the class's ``load_from_checkpoint``, hyperparameters among them.
+
+    Raises:
+        AdapterError: If the file holds no adapters, or they do not fit the model.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found keys that are")  # the base is loaded first, adapters below
+        model = cls.load_from_checkpoint(checkpoint_path, strict=False, **kwargs)
+    if setup_stage is not None:
+        model.setup(setup_stage)
+    options = {"map_location": kwargs.get("map_location"), "weights_only": kwargs.get("weights_only")}
+    checkpoint = TorchCheckpointIO().load_checkpoint(checkpoint_path, **options)
+    if SECTION not in checkpoint:
+        raise AdapterError(
+            f"{checkpoint_path} was not written with LoRACallback: use {cls.__name__}.load_from_checkpoint instead"
+        )
+    adopt(model, checkpoint[SECTION], checkpoint_path, allow_base_mismatch=allow_base_mismatch)
+    state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name != MARKER}
+    hook = model.register_load_state_dict_post_hook(tolerate_missing_base)  # type: ignore[no-untyped-call]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise AdapterError(f"{checkpoint_path}: {error}") from None
+    finally:
+        hook.remove()
+    return merge_(model) if merge else model  # type: ignore[return-value]
+
+
+def _atomic(checkpoint_io: Any) -> Any:
+    """Return the writer with Lightning's plain one replaced by the atomic one, also inside a wrapper."""
+    if type(checkpoint_io).__name__ == "TorchCheckpointIO":
+        return AtomicCheckpointIO()
+    inner = getattr(checkpoint_io, "_checkpoint_io", None)
+    if inner is not None:
+        checkpoint_io._checkpoint_io = _atomic(inner)
+    return checkpoint_io
+
+
+def _without(value: Any, names: set[str]) -> Any:
+    """Return a copy of nested dictionaries without the base's tensors, wherever a callback put them."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without(inner, names) for key, inner in value.items() if not (key in names and isinstance(inner, Tensor))
+    }

@@ -1,0 +1,4 @@
+"""The command line ``lightning-lora``."""
+
+
+def main() -> None: ...

@@ -1,0 +1,104 @@
+"""What a file says about its adapters: method, sites, and a fingerprint of the base they were trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_lora.files import SCHEMA, AdapterError
+from lightning_lora.method import Method, known_methods
+from lightning_lora.sites import Site, relative
+
+_BLOCKS, _BLOCK = 64, 64
+
+
+def describe(found: list[Site], task: str, root: str, full: set[str]) -> dict[str, Any]:
+    """Return what a file says about its tensors, in plain types.
+
+    Args:
+        found: The sites of one network.
+        task: Their task.
+        root: The network's name in the model; site names are written relative to it.
+        full: Names, relative to the root, of what is trained in full.
+    """
+    methods = {site.name: site.adapter(task).method for site in found}
+    first = next(iter(methods.values()))
+    prints = fingerprint(found)
+    return {
+        "schema": SCHEMA,
+        "task": task,
+        "root": root,
+        "method": type(first).__name__,
+        "hyperparameters": first.hyperparameters(),
+        "sites": {
+            relative(name, root): {"r": method.r, "alpha": method.alpha, "base": prints[name]}
+            for name, method in methods.items()
+        },
+        "trained_in_full": sorted(full),
+    }
+
+
+def check_description(described: Mapping[str, Any], path: object) -> None:
+    """Raise ``AdapterError`` unless a description has every field in the type and range that it must have."""
+    expected = {
+        "task": str,
+        "root": str,
+        "method": str,
+        "hyperparameters": dict,
+        "sites": dict,
+        "trained_in_full": list,
+    }
+    for field, kind in expected.items():
+        if not isinstance(described.get(field), kind):
+            raise AdapterError(f"{path}: field {field!r} of its description is not a {kind.__name__}")
+    if not described["sites"]:
+        raise AdapterError(f"{path}: its description names no site")
+    methods_of(described, path)
+
+
+def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
+    """Return the method of each site of a description.
+
+    Raises:
+        AdapterError: If the method is unknown here, or a value is out of range.
+    """
+    cls = known_methods().get(described["method"])
+    if cls is None:
+        raise AdapterError(
+            f"{path}: method {described['method']!r} is unknown here; known: {', '.join(known_methods())}"
+        )
+    try:
+        method = cls(**described["hyperparameters"])
+        return {name: method.at(values["r"], values["alpha"]) for name, values in described["sites"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: hyperparameters of {described['method']}: {error}") from None
+
+
+@torch.no_grad()
+def fingerprint(found: list[Site]) -> dict[str, str | None]:
+    """Return a short digest of each site's base weight, from 64 evenly spaced blocks of 64 values.
+
+    Values are rounded to bf16 first, so a base has the same fingerprint in fp32 and in bf16. A weight on the meta
+    device has none.
+
+    Args:
+        found: Sites whose weights hold the base's values.
+    """
+    digests: dict[str, str | None] = {}
+    for site in found:
+        weight = getattr(site.module, site.parameter).detach()
+        if weight.is_meta:
+            digests[site.name] = None
+            continue
+        flat = weight.reshape(-1)
+        starts = torch.linspace(0, max(0, flat.numel() - _BLOCK), _BLOCKS, device=flat.device).long()
+        index = (starts[:, None] + torch.arange(min(_BLOCK, flat.numel()), device=flat.device)).reshape(-1)
+        sample = flat[index]
+        sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
+        digest = hashlib.sha256(str(list(weight.shape)).encode())
+        digest.update(sample.cpu().view(torch.uint8).numpy())
+        digests[site.name] = digest.hexdigest()[:16]
+    return digests

@@ -1,0 +1,217 @@
+"""Put adapters into a model, in place, and take them out again."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lightning_lora.layers import kind_of, swap, swap_readers, unswap
+from lightning_lora.method import Method
+from lightning_lora.sites import Site, Slot, sites, slot_of, slots_of
+from lightning_lora.state import mark_trained_in_full, unmark
+from lightning_lora.targets import Candidate, choose_values, find_modules_to_save, find_targets
+
+Bias = Literal["none", "lora_only", "all"]
+
+
+def inject(
+    model: nn.Module,
+    method: Method,
+    target_modules: str | Sequence[str] = "all-linear",
+    *,
+    exclude_modules: Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+    bias: Bias = "none",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    task: str = "default",
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Site]:
+    """Adapt matrices of a model in place and freeze the rest; calling it again with the same arguments does nothing.
+
+    Everything is checked before anything is changed. A new adapter is in the same train or eval mode as its layer.
+
+    Args:
+        model: Any module; its classes, names and tensors stay what they are.
+        method: What to inject, for example ``LoRA(r=8, alpha=16)``.
+        target_modules: ``"all-linear"``, a list of names or globs, or one regular expression for whole names.
+        exclude_modules: Names or globs to leave out.
+        modules_to_save: Names or globs of modules or parameters that are trained in full and saved with the adapters.
+        bias: ``"none"``; ``"lora_only"`` trains the biases of adapted modules; ``"all"`` trains every bias.
+        rank_pattern: Other ranks by name or glob; the first entry that fits decides.
+        alpha_pattern: Other alphas, likewise.
+        task: The adapters' name; it becomes the one in use.
+        seed: Seed of the adapters' random numbers (each mixes in its name, so it does not depend on the order);
+            None takes PyTorch's current one.
+        dtype: Floating-point type of the adapters; None takes fp32, or the layer's own where that is wider.
+
+    Returns:
+        The sites of this task.
+
+    Raises:
+        ValueError: If an entry matches nothing, or a site already has another adapter of this task.
+    """
+    check_task_name(task)
+    if bias not in ("none", "lora_only", "all"):
+        raise ValueError(f"bias={bias!r}: must be 'none', 'lora_only' or 'all'")
+    targets = find_targets(model, target_modules, exclude_modules, modules_to_save)
+    ranks = choose_values(rank_pattern or {}, targets, "rank_pattern")
+    alphas = choose_values(alpha_pattern or {}, targets, "alpha_pattern")
+    saved = find_modules_to_save(model, modules_to_save)
+    methods = {
+        one.site.name: method.at(ranks.get(one.site.name, method.r), alphas.get(one.site.name, method.alpha))
+        for one in targets
+    }
+    insert(model, [(one, methods[one.site.name]) for one in targets], task, seed=seed, dtype=dtype)
+    for module, name in saved:
+        _train_in_full(module, name)
+    if bias != "none":
+        adapted = {id(one.site.module) for one in targets}
+        for module in model.modules():
+            if bias == "all" or id(module) in adapted:
+                own = [name for name in module._parameters if "bias" in name and module._parameters[name] is not None]
+                mark_trained_in_full(module, own)
+    return sites(model, task)
+
+
+def insert(
+    model: nn.Module,
+    targets: Sequence[tuple[Candidate, Method]],
+    task: str,
+    *,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put an adapter on each given matrix, freeze the rest if that is new, and use this task.
+
+    Args:
+        model: The model that the candidates were found in.
+        targets: Matrices, each with the method at its own rank and alpha.
+        task: The adapters' name.
+        seed: As for ``inject``.
+        dtype: As for ``inject``.
+
+    Raises:
+        ValueError: If a matrix cannot be adapted, or has another adapter of this task.
+    """
+    new = [(one, method) for one, method in targets if not _has_already(one, method, task)]
+    for one, _ in new:
+        _check_layer(one)
+    seed = torch.initial_seed() if seed is None else seed
+    if new:
+        _freeze(model)
+    for one, method in new:
+        module, parameter = one.site.module, one.site.parameter
+        weight = getattr(module, parameter)
+        slot = _slot(module, parameter)
+        slot[task] = method.build(
+            one.shape, seed=_seed_of(seed, one.site.name), device=weight.device, dtype=dtype or _adapter_dtype(weight)
+        )
+        slot.train(module.training)
+    swap_readers(model)
+    for site in sites(model):
+        site.slot.active = (task,)
+
+
+def remove(model: nn.Module, task: str | None = None) -> None:
+    """Take adapters out: where none is left, the module gets its own class back and nothing of ours stays on it.
+
+    The base stays frozen; ``model.requires_grad_(True)`` thaws it.
+
+    Args:
+        model: The adapted model.
+        task: The task to remove; None removes all.
+
+    Raises:
+        ValueError: If there is no adapter of this task.
+    """
+    found = sites(model, task)
+    if task is not None and not found:
+        raise ValueError(f"task={task!r}: the model has no adapter of that name")
+    for site in found:
+        slot = site.slot
+        for name in [task] if task is not None else list(slot):
+            del slot[name]
+        slot.active = tuple(name for name in slot.active if name in slot)
+        adapters = site.module._modules["adapters"]
+        if not len(slot):
+            del adapters._modules[site.parameter]  # type: ignore[union-attr]
+        if not adapters._modules:  # type: ignore[union-attr]
+            del site.module._modules["adapters"]
+            unswap(site.module)
+    swap_readers(model)
+    if not sites(model):
+        unmark(model)
+
+
+def check_task_name(task: str) -> None:
+    """Raise ``ValueError`` unless a task's name is short and safe in file names and module names."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task) or hasattr(nn.ModuleDict, task):
+        raise ValueError(f"task={task!r}: use 1 to 64 letters, digits, '_' or '-', and no name of a module method")
+
+
+def _has_already(one: Candidate, method: Method, task: str) -> bool:
+    slot = slot_of(one.site.module, one.site.parameter)
+    if slot is None or task not in slot:
+        return False
+    present = slot[task].method
+    if present != method:
+        raise ValueError(
+            f"{one.site.name} already has the adapter {task!r} with {present}, not {method}: "
+            f"call remove(model, {task!r}) first, or give another task name"
+        )
+    return True
+
+
+def _check_layer(one: Candidate) -> None:
+    module, parameter = one.site.module, one.site.parameter
+    kind = kind_of(module)
+    if isinstance(getattr(module, parameter), nn.UninitializedParameter):
+        raise ValueError(f"{one.site.name} has no shape yet (lazy layer): run one batch through the model first")
+    if "adapters" in module._modules and not slots_of(module):
+        raise ValueError(f"{one.site.name}: its module already has a child called 'adapters', the name we need")
+    if kind is None:
+        raise ValueError(f"{one.site.name}: a {type(module).__name__} cannot be adapted")
+
+
+def _slot(module: nn.Module, parameter: str) -> Slot:
+    """Return the slot of a parameter, made if it is the first adapter there."""
+    swap(module)
+    if "adapters" not in module._modules:
+        module.add_module("adapters", nn.ModuleDict())
+    adapters = module._modules["adapters"]
+    if parameter not in adapters._modules:  # type: ignore[union-attr]
+        adapters.add_module(parameter, Slot())  # type: ignore[union-attr]
+    slot = slot_of(module, parameter)
+    assert slot is not None
+    return slot
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+def _adapter_dtype(weight: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+
+
+def _freeze(model: nn.Module) -> None:
+    ours = {id(parameter) for site in sites(model) for parameter in site.slot.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in ours:
+            parameter.requires_grad_(False)
+
+
+def _train_in_full(module: nn.Module, name: str | None) -> None:
+    if name is not None:
+        mark_trained_in_full(module, [name])
+        return
+    for inner in module.modules():
+        persistent = [buffer for buffer in inner._buffers if buffer not in inner._non_persistent_buffers_set]
+        mark_trained_in_full(inner, [*inner._parameters, *persistent])

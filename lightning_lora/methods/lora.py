@@ -1,0 +1,131 @@
+r"""LoRA (Hu et al., 2021, arXiv:2106.09685).
+
+::
+
+       x (..., in)
+       |        \
+       |         down = lora_A (r, in)     random at the start
+     W (out, in)  |
+     frozen      up = lora_B (out, r)      zero at the start, so the model starts as the base
+       |        /
+       + <--- * alpha / r
+       |
+       y (..., out)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapter import Adapter, Role
+from lightning_lora.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Low-rank adaptation: ``W' = W + alpha / r * lora_B @ lora_A``.
+
+    Args:
+        r: Rank of the change; the adapter of an (out, in) matrix has ``r * (in + out)`` parameters.
+        alpha: Scale of the change.
+        dropout: Probability with which an element of the adapter's input is zeroed during training.
+        scaling: ``linear`` divides alpha by r, as in the paper; ``rsqrt`` divides it by the root of r, which keeps the
+            change's size as the rank grows (rsLoRA, Kalajdzievski, 2023, arXiv:2312.03732).
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    scaling: Literal["linear", "rsqrt"] = "linear"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1, for example r=8")
+        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha!r}: must be a finite number above 0, for example alpha=16")
+        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
+        if self.scaling not in ("linear", "rsqrt"):
+            raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
+
+    def build(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """Create the adapter of one (out, in) matrix."""
+        return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype)
+
+    def peft_config(self) -> dict[str, Any]:
+        """Return PEFT's names for these fields."""
+        alpha = (
+            int(self.alpha) if float(self.alpha).is_integer() else self.alpha
+        )  # some readers take whole numbers only
+        return {
+            "peft_type": "LORA",
+            "r": self.r,
+            "lora_alpha": alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.scaling == "rsqrt",
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> LoRA | None:
+        """Read a config of PEFT's type LORA; its absent fields have PEFT's defaults.
+
+        Raises:
+            ValueError: If it names a variant of LoRA that is computed in another way.
+        """
+        if config.get("peft_type") != "LORA":
+            return None
+        for option in ("use_dora", "use_qalora", "alora_invocation_tokens", "fan_in_fan_out", "lora_bias"):
+            if config.get(option):
+                raise ValueError(f"{option}={config[option]!r} is not supported")
+        return cls(
+            r=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            dropout=config.get("lora_dropout", 0.0),
+            scaling="rsqrt" if config.get("use_rslora") else "linear",
+        )
+
+
+class LoRAAdapter(Adapter):
+    """The pair ``lora_A`` (r, in), ``lora_B`` (out, r)."""
+
+    roles: ClassVar[dict[str, Role]] = {"lora_A": "A", "lora_B": "B"}
+
+    def __init__(
+        self, method: LoRA, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        out_features, in_features = shape
+        self.method = method
+        self.seed = seed
+        self.dropout = method.dropout
+        self.scaling = method.alpha / (math.sqrt(method.r) if method.scaling == "rsqrt" else method.r)
+        self.lora_A = nn.Parameter(torch.empty(method.r, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(out_features, method.r, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw ``lora_A`` as ``nn.Linear`` draws its weight (the released code, not the paper's Gaussian); zero B."""
+        if self.lora_A.is_meta:
+            return
+        drawn = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(self.seed))
+        with torch.no_grad():
+            self.lora_A.copy_(drawn)
+            self.lora_B.zero_()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``lora_B`` (out, r) and ``lora_A`` (r, in)."""
+        return self.lora_B, self.lora_A
+
+    def extra_repr(self) -> str:
+        """Show rank and scale where the model is printed."""
+        return f"r={self.method.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"

@@ -1,0 +1,71 @@
+"""What was adapted, as a table and a line."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+
+from torch import nn
+
+from lightning_lora.sites import Site
+
+COLUMNS = ("site", "count", "shape (out, in)", "r", "alpha", "parameters")
+
+
+def rows(found: list[Site], task: str = "default") -> list[tuple[str, ...]]:
+    """Return one row per group of like sites, whose names differ in numbers alone.
+
+    Args:
+        found: The sites.
+        task: Their task.
+    """
+    groups: dict[tuple[str, str, str, str], list[tuple[str, int]]] = {}
+    for site in found:
+        adapter = site.adapter(task)
+        up, down = (factor.shape for factor in adapter.factors())
+        key = (
+            re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", site.name),
+            f"{up[0]} x {down[1]}",
+            str(adapter.method.r),
+            f"{adapter.method.alpha:g}",
+        )
+        groups.setdefault(key, []).append((site.name, sum(p.numel() for p in adapter.parameters())))
+    table: list[tuple[str, ...]] = []
+    for (pattern, shape, r, alpha), members in groups.items():
+        name = members[0][0] if len(members) == 1 else pattern
+        table.append((name, str(len(members)), shape, r, alpha, f"{sum(n for _, n in members):,}"))
+    return table
+
+
+def totals(model: nn.Module) -> str:
+    """Return the line ``trainable / total (percent)``."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    return f"{trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)"
+
+
+def table(found: list[Site], task: str = "default") -> str:
+    """Return the table as text, drawn by rich where it is installed.
+
+    Args:
+        found: The sites.
+        task: Their task.
+    """
+    body = rows(found, task)
+    if find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.table import Table
+
+        drawn = Table(title=f"adapters of task {task!r}")
+        for column in COLUMNS:
+            drawn.add_column(column, justify="left" if column == "site" else "right", no_wrap=column != "site")
+        for row in body:
+            drawn.add_row(*row)
+        console = Console()
+        with console.capture() as capture:
+            console.print(drawn)
+        return capture.get().rstrip("\n")
+    widths = [max(len(row[i]) for row in [COLUMNS, *body]) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [COLUMNS, *body]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

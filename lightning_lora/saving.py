@@ -1,0 +1,123 @@
+"""Save adapters to a folder.
+
+The safetensors file is the truth: its header carries the method, the sites, a fingerprint of the base and a checksum.
+``adapter_config.json`` is derived from it, for PEFT and those who read PEFT's format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lightning_lora import peft_format
+from lightning_lora.description import describe
+from lightning_lora.files import SCHEMA, to_bytes, write_folder
+from lightning_lora.merge import check_not_merged
+from lightning_lora.sites import Site, clean, join, named_submodules, relative, sites
+from lightning_lora.state import own_entries, trained_in_full
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+OUTSIDE = "trained_in_full.safetensors"
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "default") -> None:
+    """Write the adapters of a task, and what is trained in full with them, as a folder in PEFT's format.
+
+    The folder is replaced as a whole. Names in it are relative to the network inside a LightningModule; where adapters
+    are in several networks, each gets a folder of its own inside this one.
+
+    Args:
+        model: The adapted model.
+        path: The folder.
+        task: The task to write.
+
+    Raises:
+        ValueError: If the model has no such task.
+        RuntimeError: If the adapters are merged.
+    """
+    check_not_merged(model, "save")
+    ours = own_entries(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
+    write_folder(path, folder_contents(model, state, task))
+
+
+def folder_contents(model: nn.Module, state: Mapping[str, Tensor], task: str = "default") -> dict[str, bytes]:
+    """Return the files of an adapter folder, by relative path.
+
+    Args:
+        model: The adapted model, for names and the base's fingerprint.
+        state: Our entries of its state dict, or of a checkpoint's.
+        task: The task to write.
+
+    Raises:
+        ValueError: If the model has no such task.
+    """
+    state = {clean(name): tensor for name, tensor in state.items()}
+    found = sites(model, task)
+    if not found:
+        raise ValueError(f"task={task!r}: the model has no adapter of that name to save")
+    full = {name for name in trained_in_full(model) if name in state}
+    roots = _roots(model, [site.name for site in found])
+    contents: dict[str, bytes] = {}
+    for root in sorted(set(roots.values())):
+        inside = {site.name: site for site in found if roots[site.name] == root}
+        full_inside = {relative(name, root) for name in full if _is_in(name, root)}
+        contents |= _network_files(model, root, inside, full_inside, state, task, len(set(roots.values())) > 1)
+    outside = {name: state[name] for name in full if not any(_is_in(name, root) for root in roots.values())}
+    if outside:
+        contents[OUTSIDE] = to_bytes(outside, {"schema": SCHEMA, "task": task, "trained_in_full": sorted(outside)})
+    return contents
+
+
+def _network_files(
+    model: nn.Module,
+    root: str,
+    inside: Mapping[str, Site],
+    full: set[str],
+    state: Mapping[str, Tensor],
+    task: str,
+    several: bool,
+) -> dict[str, bytes]:
+    network = named_submodules(model)[root]
+    described = describe(list(inside.values()), task, root, full)
+    methods = {relative(name, root): site.adapter(task).method for name, site in inside.items()}
+    fields, reason = peft_format.config(network, methods, full)
+    if reason is not None:
+        described["not_for_peft"] = reason
+    tensors: dict[str, Tensor] = {}
+    for name, site in inside.items():
+        for factor in site.adapter(task).state_dict():
+            live = join(name.rpartition(".")[0], "adapters", site.parameter, task, factor)
+            tensors[peft_format.tensor_name(network, relative(name, root), factor)] = state[live]
+    adapted = {name.rpartition(".")[0] for name in methods}
+    for name in full:
+        tensors[peft_format.full_name(name, adapted)] = state[join(root, name)]
+    folder = f"{root}/" if several else ""
+    return {
+        folder + WEIGHTS: to_bytes(tensors, described),
+        folder + CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
+    }
+
+
+def _roots(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return, for each site, the name of the network that it belongs to."""
+    pretrained: list[str] = []
+    for raw, module in model.named_modules():
+        if hasattr(type(module), "save_pretrained") and hasattr(module, "config"):
+            name = clean(raw)
+            if not any(_is_in(name, root) for root in pretrained):
+                pretrained.append(name)
+    found = {name: root for name in names for root in pretrained if _is_in(name, root)}
+    rest = [name for name in names if name not in found]
+    first = {name.partition(".")[0] for name in rest}
+    trained_by_a_trainer = hasattr(model, "training_step") and hasattr(model, "configure_optimizers")
+    one = trained_by_a_trainer and len(first) == 1 and all(name.count(".") > 1 for name in rest)
+    return found | dict.fromkeys(rest, first.pop() if one else "")
+
+
+def _is_in(name: str, root: str) -> bool:
+    return not root or name == root or name.startswith(f"{root}.")

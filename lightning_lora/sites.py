@@ -1,0 +1,119 @@
+"""Where adapters sit: a `Slot` for each adapted parameter, and the names by which these `Site`s are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_lora.adapter import Adapter
+
+
+class Slot(nn.ModuleDict):
+    """The adapters of one parameter, by task.
+
+    Attributes:
+        active: The tasks in use, in the order in which their changes are added.
+        merged: Whether the parameter holds its merged value, so that nothing is to be added.
+        shadowed: Whether a reader has put the adapted weight in place for the length of its forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.merged = False
+        self.shadowed = False
+
+    def in_use(self) -> list[Adapter]:
+        """Return the adapters whose change is still to be added.
+
+        Raises:
+            RuntimeError: If the model trains while its adapters are merged.
+        """
+        if self.shadowed:
+            return []
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "training while the adapters are merged would not reach them: leave `merged(model)` first, "
+                    "or call model.eval() if this is inference"
+                )
+            return []
+        return [self[task] for task in self.active if task in self]  # type: ignore[misc]
+
+
+class Site(NamedTuple):
+    """One adapted matrix: ``name`` is its key in the base's state dict."""
+
+    name: str
+    module: nn.Module
+    parameter: str
+
+    @property
+    def slot(self) -> Slot:
+        """The adapters that sit here."""
+        slot = slot_of(self.module, self.parameter)
+        if slot is None:
+            raise ValueError(f"{self.name} is not adapted, or not any more")
+        return slot
+
+    def adapter(self, task: str) -> Adapter:
+        """Return the adapter of one task.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        return self.slot[task]  # type: ignore[return-value]
+
+
+def slot_of(module: nn.Module, parameter: str) -> Slot | None:
+    """Return the slot of a module's parameter, or None where nothing is adapted."""
+    adapters = module._modules.get("adapters")
+    return adapters._modules.get(parameter) if isinstance(adapters, nn.ModuleDict) else None  # type: ignore[return-value]
+
+
+def slots_of(module: nn.Module) -> dict[str, Slot]:
+    """Return all slots of a module, by parameter; none where nothing on it is adapted."""
+    adapters = module._modules.get("adapters")
+    inner = adapters._modules if isinstance(adapters, nn.ModuleDict) else {}
+    return {parameter: slot for parameter, slot in inner.items() if isinstance(slot, Slot)}
+
+
+def clean(name: str) -> str:
+    """Return a module or parameter name without the parts that wrappers (compile, FSDP, checkpointing) put in it."""
+    wrappers = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def join(*parts: str) -> str:
+    """Join name parts with dots, leaving empty ones out."""
+    return ".".join(part for part in parts if part)
+
+
+def relative(name: str, root: str) -> str:
+    """Return a name inside ``root`` as it is called there."""
+    return name[len(root) + 1 :] if root else name
+
+
+def named_submodules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module by each of its clean names; the model itself is ``""``."""
+    return {clean(name): module for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def sites(model: nn.Module, task: str | None = None) -> list[Site]:
+    """Return the adapted matrices of a model, in module order.
+
+    Args:
+        model: Any module.
+        task: Only those that hold an adapter of this task; None means any.
+    """
+    return list(_sites(model, task))
+
+
+def _sites(model: nn.Module, task: str | None) -> Iterator[Site]:
+    for prefix, module in model.named_modules():
+        for parameter, slot in slots_of(module).items():
+            if task is None or task in slot:
+                yield Site(clean(join(prefix, parameter)), module, parameter)

@@ -1,0 +1,46 @@
+"""Choose which tasks of an adapted model are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lightning_lora.sites import sites
+
+
+def use(model: nn.Module, *tasks: str) -> None:
+    """Use the adapters of these tasks, added together; with none, the bare base.
+
+    Args:
+        model: The adapted model.
+        tasks: Names given at ``inject`` or ``load_adapter``.
+
+    Raises:
+        ValueError: If the model has no adapter of a task.
+    """
+    slots = [site.slot for site in sites(model)]
+    known = sorted({task for slot in slots for task in slot})
+    for task in tasks:
+        if task not in known:
+            raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")
+    for slot in slots:
+        slot.active = tasks
+
+
+@contextmanager
+def using(model: nn.Module, *tasks: str) -> Iterator[nn.Module]:
+    """Use the adapters of these tasks for the length of a ``with`` block; ``using(model)`` is the bare base.
+
+    Args:
+        model: The adapted model.
+        tasks: As in ``use``.
+    """
+    before = [(site.slot, site.slot.active) for site in sites(model)]
+    use(model, *tasks)
+    try:
+        yield model
+    finally:
+        for slot, active in before:
+            slot.active = active

@@ -1,0 +1,236 @@
+"""From the patterns that a user writes to the matrices and modules that they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+
+from lightning_lora.layers import KINDS, AdaptedLayer, kind_of
+from lightning_lora.sites import Site, clean, join
+
+ALL_LINEAR = "all-linear"
+V = TypeVar("V")
+
+
+class Candidate(NamedTuple):
+    """A matrix that could be adapted, and every name that a pattern may call it by."""
+
+    site: Site
+    shape: tuple[int, int]
+    names: frozenset[str]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether a name or glob means a dotted name, as a whole or from one of its dots on.
+
+    Args:
+        pattern: ``"q_proj"``, ``"layers.0.q_proj"`` or with ``* ? [0-9]``, where ``*`` also crosses dots.
+        name: The dotted name.
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Return every matrix of ``model`` that can be adapted, each once, with all names it is registered under."""
+    found: dict[tuple[int, str], Candidate] = {}
+    read_by: dict[tuple[int, str], set[str]] = {}
+    for raw_name, module in model.named_modules(remove_duplicate=False):
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        name = clean(raw_name)
+        if issubclass(kind.adapts, nn.MultiheadAttention):
+            for owner, parameter in kind.reads(module):
+                read_by.setdefault((id(owner), parameter), set()).add(name)
+        for parameter in kind.matrices(module):
+            key = (id(module), parameter)
+            names = frozenset({name, join(name, parameter)})
+            if key in found:
+                found[key] = found[key]._replace(names=found[key].names | names)
+            else:
+                found[key] = Candidate(
+                    Site(join(name, parameter), module, parameter), kind.shape(module, parameter), names
+                )
+    return [one._replace(names=one.names | read_by.get(key, set())) for key, one in found.items()]
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+) -> list[Candidate]:
+    """Return the matrices that the patterns choose.
+
+    Args:
+        model: Any module.
+        target_modules: ``"all-linear"`` for every matrix of every known layer but the output head that a transformers
+            model declares; or a list of names or globs, each matched against whole names or their ends; or one string,
+            taken as a regular expression for whole names (as PEFT does).
+        exclude_modules: Names or globs to leave out.
+        modules_to_save: Names or globs of what is trained in full instead, with everything inside it.
+
+    Raises:
+        ValueError: If an entry matches nothing, or nothing is left; it names the entry and the nearest names.
+    """
+    available = candidates(model)
+    left_out = _excluded(model, exclude_modules, "exclude_modules") | _excluded(
+        model, modules_to_save, "modules_to_save"
+    )
+    if target_modules == ALL_LINEAR:
+        heads = _output_heads(model)
+        chosen = [one for one in available if id(one.site.module) not in heads]
+        if not available:
+            raise ValueError(
+                f"target_modules='{ALL_LINEAR}' found no layer to adapt in {type(model).__name__}: {_known()}"
+            )
+    elif isinstance(target_modules, str):
+        try:
+            expression = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules={target_modules!r} is not a regular expression: {error}") from None
+        chosen = [one for one in available if any(expression.fullmatch(name) for name in one.names)]
+        if not chosen:
+            hint = (
+                f"; a name goes in a list: target_modules=[{target_modules!r}]" if target_modules.isidentifier() else ""
+            )
+            raise ValueError(
+                f"target_modules={target_modules!r} is a regular expression for whole names and matches none{hint}. "
+                + _nearest(target_modules, available)
+            )
+    else:
+        chosen = _listed(model, available, target_modules)
+    kept = [one for one in chosen if id(one.site.module) not in left_out and not _names_excluded(one, exclude_modules)]
+    if not kept:
+        raise ValueError(
+            f"nothing is left to adapt: target_modules={target_modules!r} chose {len(chosen)} matrices, and "
+            f"exclude_modules={list(exclude_modules)!r} and modules_to_save={list(modules_to_save)!r} took out all"
+        )
+    return kept
+
+
+def _listed(model: nn.Module, available: list[Candidate], patterns: Sequence[str]) -> list[Candidate]:
+    if not patterns:
+        raise ValueError(f"target_modules=[] adapts nothing: write target_modules='{ALL_LINEAR}' or a list of names")
+    chosen: dict[str, Candidate] = {}
+    for pattern in patterns:
+        hits = [one for one in available if any(matches(pattern, name) for name in one.names)]
+        if not hits:
+            raise ValueError(_why_no_match(model, available, pattern))
+        chosen.update((one.site.name, one) for one in hits)
+    return [one for one in available if one.site.name in chosen]
+
+
+def _why_no_match(model: nn.Module, available: list[Candidate], pattern: str) -> str:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or not matches(pattern, clean(name)):
+            continue
+        what = f"target_modules entry {pattern!r} matches {clean(name)}, a {type(module).__name__}"
+        if any(kind_of(inner) for inner in module.modules()):
+            return f"{what}: for all layers inside it write {clean(name) + '.*'!r}"
+        return f"{what}, which has no matrix to adapt: {_known()}; to train it in full list it in modules_to_save"
+    return f"target_modules entry {pattern!r} matches nothing. {_nearest(pattern, available)}"
+
+
+def choose_values(patterns: Mapping[str, V], chosen: Iterable[Candidate], option: str) -> dict[str, V]:
+    """Return the value of each site, by site name, that a pattern gives one; the first pattern that fits decides.
+
+    Args:
+        patterns: Names or globs to values, in the order of ``rank_pattern`` or ``alpha_pattern``.
+        chosen: The sites to look among.
+        option: The option's name, for the error.
+
+    Raises:
+        ValueError: If a pattern fits no site.
+    """
+    chosen = list(chosen)
+    values: dict[str, V] = {}
+    for pattern, value in patterns.items():
+        hits = [one for one in chosen if any(matches(pattern, name) for name in one.names)]
+        if not hits:
+            raise ValueError(
+                f"{option} entry {pattern!r} fits none of the adapted modules. {_nearest(pattern, chosen)}"
+            )
+        for one in hits:
+            values.setdefault(one.site.name, value)
+    return values
+
+
+def find_modules_to_save(model: nn.Module, patterns: Sequence[str]) -> list[tuple[nn.Module, str | None]]:
+    """Return what the entries of ``modules_to_save`` mean: (module, None) or (owner, parameter name).
+
+    Raises:
+        ValueError: If an entry matches nothing.
+    """
+    found: list[tuple[nn.Module, str | None]] = []
+    for pattern in patterns:
+        named = model.named_modules(remove_duplicate=False)
+        hits: list[tuple[nn.Module, str | None]] = [
+            (module, None) for name, module in named if name and _may_save(name) and matches(pattern, clean(name))
+        ]
+        if not hits:
+            for prefix, owner in model.named_modules(remove_duplicate=False):
+                own = [name for name in (*owner._parameters, *owner._buffers) if _may_save(prefix)]
+                hits += [(owner, name) for name in own if matches(pattern, clean(join(prefix, name)))]
+        if not hits:
+            raise ValueError(_unmatched(model, pattern, "modules_to_save"))
+        found += hits
+    return found
+
+
+def _may_save(name: str) -> bool:
+    return "adapters" not in name.split(".")
+
+
+def _excluded(model: nn.Module, patterns: Sequence[str], option: str) -> set[int]:
+    """Return the ids of all modules inside those that the patterns name."""
+    left_out: set[int] = set()
+    for pattern in patterns:
+        hits = [m for name, m in model.named_modules(remove_duplicate=False) if name and matches(pattern, clean(name))]
+        parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        if not hits and not any(matches(pattern, clean(name)) for name in parameters):
+            raise ValueError(_unmatched(model, pattern, option))
+        left_out.update(id(inner) for hit in hits for inner in hit.modules())
+    return left_out
+
+
+def _names_excluded(one: Candidate, patterns: Sequence[str]) -> bool:
+    return any(matches(pattern, name) for pattern in patterns for name in one.names)
+
+
+def _output_heads(model: nn.Module) -> set[int]:
+    """Return the ids of the output layers that transformers models declare; they are rarely adapted and often tied."""
+    heads: set[int] = set()
+    for module in model.modules():
+        declare = getattr(type(module), "get_output_embeddings", None)
+        if declare is not None:
+            heads.add(id(declare(module)))
+    return heads
+
+
+def _known() -> str:
+    return "layers that can be adapted are " + ", ".join(
+        f"nn.{kind.adapts.__name__}" for kind in KINDS if kind.matrices is not AdaptedLayer.matrices
+    )
+
+
+def _unmatched(model: nn.Module, pattern: str, option: str) -> str:
+    names = [clean(name) for name, _ in model.named_modules(remove_duplicate=False) if name]
+    return f"{option} entry {pattern!r} matches nothing. {_suggest(pattern, names)}"
+
+
+def _nearest(pattern: str, available: Iterable[Candidate]) -> str:
+    return _suggest(pattern, [clean(name) for one in available for name in sorted(one.names)])
+
+
+def _suggest(pattern: str, names: list[str]) -> str:
+    leaves = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
+    close = get_close_matches(pattern, leaves, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(map(repr, close))}?"
+    return f"Names that exist: {', '.join(list(leaves)[:8])}" + (", ..." if len(leaves) > 8 else "")
