@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora import peft_format
 from lightning_lora.description import check_description, fingerprint, methods_of
-from lightning_lora.files import AdapterError, parse_json, read_tensors
+from lightning_lora.files import AdapterError, read_tensors
 from lightning_lora.inject import check_task_name, insert
 from lightning_lora.method import Method
-from lightning_lora.saving import CONFIG, OUTSIDE, WEIGHTS
+from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
+from lightning_lora.saving import OUTSIDE
 from lightning_lora.sites import Site, join, named_submodules, sites
 from lightning_lora.state import mark_trained_in_full
 from lightning_lora.targets import Candidate, candidates
-
-
-class _Part(NamedTuple):
-    """One network's adapters as read from a file."""
-
-    path: Path
-    root: str
-    methods: dict[str, Method]
-    bases: dict[str, str | None]
-    full: set[str]
-    tensors: dict[str, Tensor]
 
 
 def load_adapter(
@@ -57,37 +47,36 @@ def load_adapter(
     """
     check_task_name(task)
     path = Path(path)
-    parts = [_read_part(model, folder) for folder in _folders(path)]
     available = {one.site.name: one for one in candidates(model)}
     targets: list[tuple[Candidate, Method]] = []
-    for part in parts:
-        names = [join(part.root, name) for name in part.methods]
-        absent = [name for name in names if name not in available]
-        if absent:
-            raise AdapterError(f"{part.path}: {some(absent)} cannot be adapted in {type(model).__name__}")
-        chosen = [available[name] for name in names]
-        if not allow_base_mismatch:
-            check_base(part.path, [one.site for one in chosen], list(part.bases.values()))
-        targets += zip(chosen, part.methods.values(), strict=True)
+    values: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, Tensor] = {}
-    for part in parts:
-        entries |= _full_values(model, part)
-    entries |= _read_outside(model, path / OUTSIDE)
-    values = _factor_values(model, parts, available)
+    for file in (read_adapter(folder) for folder in adapter_folders(path)):
+        root = locate(file, available)
+        chosen = [available[join(root, name)] for name in file.methods]
+        if not allow_base_mismatch:
+            check_base(file.path, [one.site for one in chosen], list(file.bases.values()))
+        targets += zip(chosen, file.methods.values(), strict=True)
+        values |= {one.site.name: factors for one, factors in zip(chosen, _factors(file, chosen), strict=True)}
+        entries |= {join(root, name): value for name, value in file.full_values().items()}
+    modules = named_submodules(model)
+    if (path / OUTSIDE).exists():
+        outside, _ = read_tensors(path / OUTSIDE)
+        entries |= {name: value for name, value in outside.items() if name.rpartition(".")[0] in modules}
+    for name, value in entries.items():
+        _check_fits(modules, name, value, path)
     try:
         insert(model, targets, task)
     except ValueError as error:
         raise AdapterError(f"{path}: {error}") from None
     found = [site for site in sites(model, task) if site.name in values]
-    modules = named_submodules(model)
     with torch.no_grad():
         for site in found:
             site.adapter(task).load_state_dict(values[site.name])
         for name, value in entries.items():
             module, _, entry = name.rpartition(".")
-            owner = modules[module]
-            mark_trained_in_full(owner, [entry])
-            getattr(owner, entry).copy_(value)
+            mark_trained_in_full(modules[module], [entry])
+            getattr(modules[module], entry).copy_(value)
     return found
 
 
@@ -153,78 +142,27 @@ def check_same(
         check_base(path, found, [described["sites"][site.name].get("base") for site in found])
 
 
-def _folders(path: Path) -> list[Path]:
-    if path.is_file():
-        raise AdapterError(f"{path} is a file: give the adapter folder that holds {WEIGHTS}")
-    if (path / WEIGHTS).is_file():
-        return [path]
-    inner = sorted(file.parent for file in path.glob(f"*/{WEIGHTS}"))
-    inner += sorted(file.parent for file in path.glob(f"*.*/{WEIGHTS}") if file.parent not in inner)
-    if not inner:
-        pickle = next((name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()), None)
-        hint = f"; {pickle} is a pickle, which could run code: convert it to safetensors first" if pickle else ""
-        raise AdapterError(f"{path}: no {WEIGHTS} in this folder{hint}")
-    return inner
-
-
-def read_description(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return a folder's tensors and our description of them, None if another library wrote it.
-
-    Raises:
-        AdapterError: If a file is damaged or its description is not in order.
-    """
-    tensors, described = read_tensors(path / WEIGHTS)
-    if described is not None:
-        check_description(described, path)
-    return tensors, described
-
-
-def _read_part(model: nn.Module, folder: Path) -> _Part:
-    tensors, described = read_description(folder)
-    modules = peft_format.module_names(tensors)
-    root = locate(model, modules, (described or {}).get("root"), folder)
-    network = named_submodules(model)[root]
-    if described is None:
-        config = folder / CONFIG
-        if not config.is_file():
-            raise AdapterError(f"{folder}: no {CONFIG} beside {WEIGHTS}")
-        methods = peft_format.site_values(parse_json(config.read_bytes(), config), tensors, network, folder)
-        full = set(peft_format.full_entries(tensors).values())
-        return _Part(folder, root, methods, dict.fromkeys(methods), full, tensors)
-    bases = {name: values.get("base") for name, values in described["sites"].items()}
-    return _Part(folder, root, methods_of(described, folder), bases, set(described["trained_in_full"]), tensors)
-
-
-def locate(model: nn.Module, modules: set[str], hint: str | None, path: object) -> str:
-    """Return the name, inside ``model``, of the network that all these modules are in.
+def locate(file: AdapterFile, available: Iterable[str]) -> str:
+    """Return the name, inside a model, of the network that a file's adapters belong to.
 
     Args:
-        model: The network, or something that holds it.
-        modules: Names relative to the network.
-        hint: Where it was when the adapters were written.
-        path: For the message.
+        file: The adapter file; where it was written is tried first.
+        available: Names of the matrices that the model has.
 
     Raises:
-        AdapterError: If no part of the model has them all.
+        AdapterError: If no part of the model has all that the file adapts.
     """
-    names = set(named_submodules(model))
-    roots = [root for root in ([hint] if hint is not None else []) if root in names or not root]
-    roots += ["", *sorted(names - {""}, key=lambda name: (name.count("."), name))]
-    wanted = {_module_of(name) for name in modules}
-    for root in roots:
-        if all(join(root, name) in names for name in wanted):
+    available = set(available)
+    first = next(iter(file.methods))
+    holders = sorted((name[: -len(first) - 1] for name in available if name.endswith(f".{first}")), key=len)
+    for root in dict.fromkeys([file.root or "", "", *holders]):
+        if all(join(root, name) in available for name in file.methods):
             return root
-    absent = sorted(name for name in wanted if name not in names)
+    absent = [name for name in file.methods if name not in available]
     raise AdapterError(
-        f"{path}: the adapters belong to {some(absent)}, which {type(model).__name__} does not have; "
-        "it was trained on another architecture"
+        f"{file.path}: the adapters belong to {some(absent)}, which the model does not have or which cannot be "
+        "adapted: they were trained on another architecture"
     )
-
-
-def _module_of(name: str) -> str:
-    """Return the module of a name that may end in a parameter, as separate attention projections do."""
-    module, _, last = name.rpartition(".")
-    return module if last.endswith("_proj_weight") else name
 
 
 def check_base(path: object, found: list[Site], bases: list[str | None]) -> None:
@@ -240,65 +178,39 @@ def check_base(path: object, found: list[Site], bases: list[str | None]) -> None
         )
 
 
-def _factor_values(
-    model: nn.Module, parts: list[_Part], available: Mapping[str, Candidate]
-) -> dict[str, dict[str, Tensor]]:
-    """Return each site's factors after checking that every expected tensor is there in its shape, and no other."""
-    values: dict[str, dict[str, Tensor]] = {}
-    for part in parts:
-        network = named_submodules(model)[part.root]
-        used = set(peft_format.full_entries(part.tensors))
-        for name, method in part.methods.items():
-            shape = available[join(part.root, name)].shape
-            blueprint = method.build(shape, seed=0, device=torch.device("meta"), dtype=torch.float32).state_dict()
-            factors: dict[str, Tensor] = {}
-            for factor, expected in blueprint.items():
-                key = peft_format.tensor_name(network, name, factor)
-                tensor = part.tensors.get(key)
-                if tensor is None:
-                    raise AdapterError(f"{part.path}: {key} is missing")
-                if tensor.shape != expected.shape:
-                    raise AdapterError(
-                        f"{part.path}: {key} has shape {list(tensor.shape)}, but {list(expected.shape)} is expected: "
-                        f"r={method.r} on a {shape[0]} x {shape[1]} matrix"
-                    )
-                if not tensor.is_floating_point():
-                    raise AdapterError(f"{part.path}: {key} is stored as {tensor.dtype}, not as floating point")
-                used.add(key)
-                factors[factor] = tensor
-            values[join(part.root, name)] = factors
-        extra = sorted(set(part.tensors) - used)
-        if extra:
-            raise AdapterError(f"{part.path}: it holds tensors that belong to no adapted module: {some(extra)}")
-    return values
+def _factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str, Tensor]]:
+    """Yield each site's factors after checking that every expected tensor is there in its shape, and no other."""
+    used = set(peft_format.full_entries(file.tensors))
+    for one, (name, method) in zip(chosen, file.methods.items(), strict=True):
+        factors: dict[str, Tensor] = {}
+        blueprint = method.build(one.shape, seed=0, device=torch.device("meta"), dtype=torch.float32)
+        for factor, expected in blueprint.state_dict().items():
+            key = file.factor(name, factor)
+            tensor = file.tensors.get(key)
+            if tensor is None:
+                raise AdapterError(f"{file.path}: {key} is missing")
+            if tensor.shape != expected.shape:
+                raise AdapterError(
+                    f"{file.path}: {key} has shape {list(tensor.shape)}, but {list(expected.shape)} is expected: "
+                    f"r={method.r} on a {one.shape[0]} x {one.shape[1]} matrix"
+                )
+            if not tensor.is_floating_point():
+                raise AdapterError(f"{file.path}: {key} is stored as {tensor.dtype}, not as floating point")
+            used.add(key)
+            factors[factor] = tensor
+        yield factors
+    extra = sorted(set(file.tensors) - used)
+    if extra:
+        raise AdapterError(f"{file.path}: it holds tensors that belong to no adapted module: {some(extra)}")
 
 
-def _full_values(model: nn.Module, part: _Part) -> dict[str, Tensor]:
-    found = {name: part.tensors[key] for key, name in peft_format.full_entries(part.tensors).items()}
-    if set(found) != part.full:
-        raise AdapterError(f"{part.path}: entries trained in full are {some(sorted(set(found) ^ part.full))} off")
-    return {
-        join(part.root, name): _fitting(model, join(part.root, name), value, part.path) for name, value in found.items()
-    }
-
-
-def _read_outside(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Return what is trained in full outside of the network, where the model has such modules."""
-    if not path.exists():
-        return {}
-    tensors, _ = read_tensors(path)
-    here = named_submodules(model)
-    return {n: _fitting(model, n, value, path) for n, value in tensors.items() if n.rpartition(".")[0] in here}
-
-
-def _fitting(model: nn.Module, name: str, value: Tensor, path: Path) -> Tensor:
+def _check_fits(modules: Mapping[str, nn.Module], name: str, value: Tensor, path: Path) -> None:
     module, _, entry = name.rpartition(".")
-    present = getattr(named_submodules(model).get(module), entry, None)
+    present = getattr(modules.get(module), entry, None)
     if not isinstance(present, Tensor):
-        raise AdapterError(f"{path}: it holds {name}, which {type(model).__name__} does not have")
+        raise AdapterError(f"{path}: it holds {name}, which the model does not have")
     if present.shape != value.shape:
         raise AdapterError(f"{path}: {name} has shape {list(value.shape)}, the model's is {list(present.shape)}")
-    return value
 
 
 def some(names: list[str]) -> str:

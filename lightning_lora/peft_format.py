@@ -149,32 +149,31 @@ def read_config(fields: Mapping[str, Any], path: object) -> Method:
     raise AdapterError(f"{path}: peft_type={fields.get('peft_type')!r} is not supported; known: LORA")
 
 
-def site_values(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], network: nn.Module, path: object
-) -> dict[str, Method]:
+def site_values(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], path: object) -> dict[str, Method]:
     """Return the method of each site in a folder that PEFT wrote; ranks come from the tensors' shapes.
 
     Args:
         fields: The content of ``adapter_config.json``.
         tensors: The content of the weights file, by name.
-        network: The network that the names are relative to.
         path: For messages.
 
     Raises:
-        AdapterError: If a name means nothing here, or a pattern cannot be read literally.
+        AdapterError: If nothing is an adapter, or a pattern cannot be read literally.
     """
     method = read_config(fields, path)
     found: dict[str, Method] = {}
     for name, tensor in tensors.items():
         if not name.endswith(".lora_A.weight"):
             continue
-        module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight").replace(".base_layer.", ".")
-        parameter = "in_proj_weight" if isinstance(_get(network, module), nn.MultiheadAttention) else "weight"
+        key = name.removesuffix(".lora_A.weight")
+        module = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        is_attention = f"{key}.base_layer.out_proj.lora_A.weight" in tensors
         alpha = _alpha(fields.get("alpha_pattern") or {}, module, method.alpha, path)
         try:
-            found[join(module, parameter)] = method.at(tensor.shape[0], alpha)
+            site = method.at(tensor.shape[0], alpha)
         except ValueError as error:
             raise AdapterError(f"{path}: {module}: {error}") from None
+        found[join(module, "in_proj_weight" if is_attention else "weight")] = site
     if not found:
         raise AdapterError(f"{path}: no tensor is called {PREFIX}<module>.lora_A.weight: nothing here is an adapter")
     return found
@@ -187,22 +186,6 @@ def full_entries(tensors: Iterable[str]) -> dict[str, str]:
         for name in tensors
         if not re.search(r"\.lora_[A-Za-z_]+(\.weight)?$", name)
     }
-
-
-def module_names(tensors: Iterable[str]) -> set[str]:
-    """Return the modules that a folder's tensors belong to."""
-    return {
-        re.sub(r"\.lora_[A-Za-z_]+(\.weight)?$", "", name.removeprefix(PREFIX)).replace(".base_layer.", ".")
-        for name in tensors
-        if re.search(r"\.lora_[A-Za-z_]+(\.weight)?$", name)
-    }
-
-
-def _get(network: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return network.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def _alpha(patterns: Mapping[str, Any], module: str, default: float, path: object) -> float:
