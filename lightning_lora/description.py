@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_lora.files import SCHEMA, AdapterError
 from lightning_lora.method import Method, known_methods
@@ -77,28 +78,32 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
         raise AdapterError(f"{path}: hyperparameters of {described['method']}: {error}") from None
 
 
-@torch.no_grad()
 def fingerprint(found: list[Site]) -> dict[str, str | None]:
-    """Return a short digest of each site's base weight, from 64 evenly spaced blocks of 64 values.
-
-    Values are rounded to bf16 first, so a base has the same fingerprint in fp32 and in bf16. A weight on the meta
-    device has none.
+    """Return the digest of each site's base weight, by site name.
 
     Args:
         found: Sites whose weights hold the base's values.
     """
-    digests: dict[str, str | None] = {}
-    for site in found:
-        weight = getattr(site.module, site.parameter).detach()
-        if weight.is_meta:
-            digests[site.name] = None
-            continue
-        flat = weight.reshape(-1)
-        starts = torch.linspace(0, max(0, flat.numel() - _BLOCK), _BLOCKS, device=flat.device).long()
-        index = (starts[:, None] + torch.arange(min(_BLOCK, flat.numel()), device=flat.device)).reshape(-1)
-        sample = flat[index]
-        sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
-        digest = hashlib.sha256(str(list(weight.shape)).encode())
-        digest.update(sample.cpu().view(torch.uint8).numpy())
-        digests[site.name] = digest.hexdigest()[:16]
-    return digests
+    return {site.name: digest(getattr(site.module, site.parameter)) for site in found}
+
+
+@torch.no_grad()
+def digest(weight: Tensor) -> str | None:
+    """Return a short digest of a weight's shape and of 64 evenly spaced blocks of 64 of its values.
+
+    Values are rounded to bf16 first, so a weight has the same digest in fp32 and in bf16. On the meta device there is
+    none.
+
+    Args:
+        weight: Any tensor.
+    """
+    if weight.is_meta:
+        return None
+    flat = weight.detach().reshape(-1)
+    starts = torch.linspace(0, max(0, flat.numel() - _BLOCK), _BLOCKS, device=flat.device, dtype=torch.float64).long()
+    index = (starts[:, None] + torch.arange(min(_BLOCK, flat.numel()), device=flat.device)).reshape(-1)
+    sample = flat[index]
+    sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
+    digest = hashlib.sha256(str(list(weight.shape)).encode())
+    digest.update(sample.cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
