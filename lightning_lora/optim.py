@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,24 @@ from lightning_lora.sites import clean, sites
 
 PARENT = "lora_parent"
 ROLE = "lora_role"
+INDEX = "lora_index"  # where the parameters stood in the parent, so that a split can be undone
+_PLAN = "lora_plan"
 _SCALED = ("lr", "initial_lr", "max_lr", "min_lr")
-_OWN = ("params", "param_names", "name", "weight_decay", PARENT, ROLE, *_SCALED)
+_OWN = ("params", "param_names", "name", PARENT, ROLE, INDEX, *_SCALED)
+
+
+class _Plan(NamedTuple):
+    """How the derived groups of an optimizer differ from their parents."""
+
+    lr_ratio: float
+    weight_decay: Mapping[Role, float]
+
+
+class _Home(NamedTuple):
+    """A group and the optimizer that it is in."""
+
+    optimizer: Optimizer
+    group: dict[str, Any]
 
 
 def roles(model: nn.Module) -> dict[Tensor, Role]:
@@ -91,7 +107,7 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
 
     An optimizer that was built before injection holds the base's weights: each adapter parameter joins the group of
     the weight that it adapts, and other trained parameters a lone group. This is the case of LightningCLI's
-    ``optimizer:`` and of parameters captured in ``__init__``.
+    ``optimizer:`` and of parameters captured in ``__init__``. What an earlier run split is joined again first.
 
     Args:
         model: The adapted model.
@@ -103,43 +119,58 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
     Raises:
         ValueError: If a parameter has no place, or is in two groups.
     """
-    names = {parameter: clean(name) for name, parameter in model.named_parameters()}
-    held: dict[Tensor, dict[str, Any]] = {}
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        for parameter in group["params"]:
-            if parameter in held and parameter in names and parameter.requires_grad:
-                raise ValueError(
-                    f"{names[parameter]} is in two optimizer groups: configure_optimizers must give it once"
-                )
-            held[parameter] = group
-    missing = [p for p in names if p.requires_grad and p not in held]
-    home = {p: held.get(getattr(s.module, s.parameter)) for s in sites(model) for p in s.slot.parameters()}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for optimizer in optimizers:
+        _join(optimizer.param_groups)
+    names: dict[Tensor, str] = {parameter: clean(name) for name, parameter in model.named_parameters()}
+    every_home = [_Home(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    homes: dict[Tensor, list[_Home]] = {}
+    for home in every_home:
+        for parameter in home.group["params"]:
+            homes.setdefault(parameter, []).append(home)
+    weight_of: dict[Tensor, Tensor] = {
+        parameter: getattr(site.module, site.parameter) for site in sites(model) for parameter in site.slot.parameters()
+    }
     guessed: list[str] = []
-    for parameter in missing:
-        place_of_weight = home.get(parameter)
-        if place_of_weight is None:
-            if len(groups) != 1:
+    for parameter, name in names.items():
+        if not parameter.requires_grad:
+            continue
+        found = homes.get(parameter) or homes.get(weight_of.get(parameter, parameter), [])
+        if len(found) > 1:
+            raise ValueError(f"{name} belongs in two optimizer groups: configure_optimizers must give it to one")
+        if parameter in homes:
+            continue
+        if not found:
+            if len(every_home) != 1:
                 raise ValueError(
-                    f"{names[parameter]} is in no optimizer and there are {len(groups)} parameter groups to choose "
+                    f"{name} is in no optimizer and there are {len(every_home)} parameter groups to choose "
                     "from: add `[p for p in self.parameters() if p.requires_grad]` to one in configure_optimizers"
                 )
-            guessed.append(names[parameter])
-        _add(place_of_weight or groups[0], parameter, names[parameter])
-    for group in groups:
-        _keep(group, [i for i, p in enumerate(group["params"]) if p.requires_grad or p not in names])
-    if guessed:
-        return (
-            f"{len(guessed)} trained parameters (first: {guessed[0]}) were in no optimizer, because "
-            "configure_optimizers chose others: they were added to its only group. Pass self.parameters() to say so."
-        )
-    return None
+            found = every_home
+            guessed.append(name)
+        _add(*found[0], parameter, name)
+    frozen = {parameter: name for parameter, name in names.items() if not parameter.requires_grad}
+    dropped = [frozen[p] for p in homes if p in frozen]
+    for optimizer, group in every_home:
+        for parameter in frozen.keys() & set(group["params"]):
+            optimizer.state.pop(parameter, None)
+        _keep(group, [i for i, p in enumerate(group["params"]) if p not in frozen])
+    if not guessed:
+        return None
+    sentence = (
+        f"{len(guessed)} trained parameters (first: {guessed[0]}) were in no optimizer, because configure_optimizers "
+        "chose others: they were added to its only group. Pass self.parameters() to say so."
+    )
+    if dropped:
+        sentence += f" What it chose is frozen (first: {dropped[0]}); to train that too, list it in modules_to_save."
+    return sentence
 
 
 def split(
     model: nn.Module, optimizer: Optimizer, lr_ratio: float = 1.0, role_weight_decay: Mapping[Role, float] | None = None
 ) -> None:
     """Move parameters whose role has its own learning rate or weight decay into derived groups, in place.
+
+    An optimizer that was split before is split anew. Its state loads from a run with any other ratio.
 
     Args:
         model: The adapted model.
@@ -151,59 +182,49 @@ def split(
         ValueError: If the optimizer cannot have several groups.
     """
     check_ratio(lr_ratio)
-    decay = dict(role_weight_decay or {})
-    special = set(decay) | ({"B"} if lr_ratio != 1 else set())
-    if not special:
-        return
-    if isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+    plan = _Plan(lr_ratio, dict(role_weight_decay or {}))
+    special = set(plan.weight_decay) | ({"B"} if lr_ratio != 1 else set())
+    has_hooks = hasattr(optimizer, "register_step_pre_hook")
+    one_group = isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+    if special and (one_group or not has_hooks):
         raise ValueError(
-            f"{type(optimizer).__name__} keeps all parameters in one group of its own: use lr_ratio=1 and no "
-            f"weight_decay by role with it (lr_ratio={lr_ratio:g}, weight_decay={decay})"
+            f"{type(optimizer).__name__} {'keeps all parameters in one group' if one_group else 'has no step hooks'}: "
+            f"use lr_ratio=1 and no weight_decay by role with it (lr_ratio={lr_ratio:g}, "
+            f"weight_decay={plan.weight_decay})"
         )
+    _join(optimizer.param_groups)
     role_of = roles(model)
-    parents = [group for group in optimizer.param_groups if PARENT not in group]
-    for index, parent in enumerate(parents):
+    layout: list[dict[str, Any]] = []
+    for parent, group in enumerate(optimizer.param_groups):
         by_role: dict[Role, list[int]] = {}
-        for i, parameter in enumerate(parent["params"]):
+        for i, parameter in enumerate(group["params"]):
             role = role_of.get(parameter)
             if role is not None and role in special:
                 by_role.setdefault(role, []).append(i)
-        for role, chosen in by_role.items():
-            name = f"{parent.get('name', f'pg{index + 1}')}.{group_name(role)}"
-            derived = {key: value for key, value in parent.items() if key not in ("params", "param_names")}
-            derived |= {"name": name, PARENT: index, ROLE: role, "params": [parent["params"][i] for i in chosen]}
-            if "param_names" in parent:
-                derived["param_names"] = [parent["param_names"][i] for i in chosen]
-            if role in decay:
-                derived["weight_decay"] = decay[role]
-            optimizer.param_groups.append(derived)
-        moved = {i for chosen in by_role.values() for i in chosen}
-        _keep(parent, [i for i in range(len(parent["params"])) if i not in moved])
-
-    def follow(optimizer: Optimizer, *_: Any) -> None:
-        _follow(optimizer, lr_ratio, decay)
-
-    _follow(optimizer, lr_ratio, decay)
-    optimizer.register_step_pre_hook(follow)
+        for role, index in by_role.items():
+            name = f"{group.get('name', f'pg{parent + 1}')}.{group_name(role)}"
+            layout.append({"name": name, PARENT: parent, ROLE: role, INDEX: index})
+    _divide(optimizer.param_groups, layout)
+    if has_hooks and not hasattr(optimizer, _PLAN):
+        optimizer.register_step_pre_hook(_follow)
+        optimizer.register_load_state_dict_pre_hook(_relayout)
+        optimizer.register_load_state_dict_post_hook(_follow)
+    setattr(optimizer, _PLAN, plan)
+    _follow(optimizer)
 
 
-def link(
-    scheduler: Any,
-    optimizers: Iterable[Optimizer],
-    lr_ratio: float = 1.0,
-    role_weight_decay: Mapping[Role, float] | None = None,
-) -> None:
+def link(scheduler: Any, optimizers: Iterable[Optimizer]) -> None:
     """Hide derived groups from a scheduler while it steps, so that it sees the groups that it was built for.
 
     Args:
         scheduler: Anything with a ``step`` method; its class is swapped for a subclass of the same name, because an
             attribute of the instance would end in its state dict.
         optimizers: The optimizers whose derived groups are hidden, and follow once it has stepped.
-        lr_ratio: As given to ``split``.
-        role_weight_decay: As given to ``split``.
     """
     optimizers = list(optimizers)
     cls = type(scheduler)
+    if hasattr(cls, _PLAN):
+        return
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -211,10 +232,10 @@ def link(
                 stack.enter_context(_hidden(optimizer))
             result = cls.step(self, *args, **kwargs)
         for optimizer in optimizers:
-            _follow(optimizer, lr_ratio, role_weight_decay or {})
+            _follow(optimizer)
         return result
 
-    scheduler.__class__ = type(cls.__name__, (cls,), {"step": step, "__module__": cls.__module__})
+    scheduler.__class__ = type(cls.__name__, (cls,), {"step": step, "__module__": cls.__module__, _PLAN: True})
 
 
 @contextmanager
@@ -227,21 +248,74 @@ def _hidden(optimizer: Optimizer) -> Iterator[None]:
         optimizer.param_groups.extend(derived)
 
 
-def _follow(optimizer: Optimizer, lr_ratio: float, decay: Mapping[Role, float]) -> None:
+def _follow(optimizer: Optimizer, *_: Any) -> None:
     """Set every derived group from its parent; B's learning rates are ``lr_ratio`` times the parent's."""
+    plan: _Plan = getattr(optimizer, _PLAN)
     for group in optimizer.param_groups:
         if PARENT not in group:
             continue
-        parent = optimizer.param_groups[group[PARENT]]
-        ratio = lr_ratio if group[ROLE] == "B" else 1.0
-        for key, value in parent.items():
+        role = group[ROLE]
+        ratio = plan.lr_ratio if role == "B" else 1.0
+        for key, value in optimizer.param_groups[group[PARENT]].items():
             if key in _SCALED:
                 group[key] = value * ratio if isinstance(value, int | float | Tensor) else value
-            elif key not in _OWN or (key == "weight_decay" and group[ROLE] not in decay):
+            elif key not in _OWN:
                 group[key] = value
+        if role in plan.weight_decay:
+            group["weight_decay"] = plan.weight_decay[role]
 
 
-def _add(group: dict[str, Any], parameter: Tensor, name: str) -> None:
+def _divide(groups: list[dict[str, Any]], layout: Iterable[dict[str, Any]]) -> None:
+    """Append the derived groups that a layout describes, and take their parameters out of the parents."""
+    moved: dict[int, set[int]] = {}
+    for own in layout:
+        parent = groups[own[PARENT]]
+        derived = {**parent, **own, "params": [parent["params"][i] for i in own[INDEX]]}
+        if "param_names" in parent:
+            derived["param_names"] = [parent["param_names"][i] for i in own[INDEX]]
+        groups.append(derived)
+        moved.setdefault(own[PARENT], set()).update(own[INDEX])
+    for index, taken in moved.items():
+        _keep(groups[index], [i for i in range(len(groups[index]["params"])) if i not in taken])
+
+
+def _join(groups: list[dict[str, Any]]) -> None:
+    """Undo ``_divide``."""
+    derived = [group for group in groups if PARENT in group]
+    groups[:] = [group for group in groups if PARENT not in group]
+    back = [(group[PARENT], i, place, group) for group in derived for place, i in enumerate(group[INDEX])]
+    for parent, i, place, group in sorted(back, key=lambda one: one[:2]):
+        groups[parent]["params"].insert(i, group["params"][place])
+        if "param_names" in group:
+            groups[parent]["param_names"].insert(i, group["param_names"][place])
+
+
+def _relayout(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Give a saved state the groups of this optimizer: it may have been split by another ratio, or not at all."""
+    groups = [dict(group, params=list(group["params"])) for group in state["param_groups"]]
+    _join(groups)
+    layout = [group for group in optimizer.param_groups if PARENT in group]
+    sizes = [len(group["params"]) for group in optimizer.param_groups if PARENT not in group]
+    for group in layout:
+        sizes[group[PARENT]] += len(group["params"])
+    if sizes != [len(group["params"]) for group in groups]:
+        return None  # other groups altogether: torch says so
+    _divide(groups, [{key: group[key] for key in ("name", PARENT, ROLE, INDEX)} for group in layout])
+    return {**state, "param_groups": groups}
+
+
+def _add(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, name: str) -> None:
+    """Add a parameter to a group of an optimizer that exists already."""
+    if optimizer.state:  # Adagrad, for one, makes its state when it is built
+        try:
+            fresh = type(optimizer)([{**group, "params": [parameter]}], **optimizer.defaults)
+        except TypeError:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds state for the parameters that it was built with, so {name} cannot "
+                "join it: build it in configure_optimizers, from self.parameters()"
+            ) from None
+        if parameter in fresh.state:
+            optimizer.state[parameter] = fresh.state[parameter]
     group["params"].append(parameter)
     if "param_names" in group:
         group["param_names"].append(name)

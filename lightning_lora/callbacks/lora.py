@@ -136,7 +136,7 @@ class LoRACallback(Callback):
         for optimizer in optimizers:
             split(pl_module, optimizer, self.lr_ratio, self.weight_decay)
         for scheduler in schedulers:
-            link(scheduler, optimizers, self.lr_ratio, self.weight_decay)
+            link(scheduler, optimizers)
         return returned
 
     @override
@@ -214,7 +214,7 @@ class LoRACallback(Callback):
 
 def _collect(returned: Any) -> tuple[list[Optimizer], list[Any]]:
     """Return the optimizers and schedulers in whatever nesting ``configure_optimizers`` returned them."""
-    if isinstance(returned, Optimizer):
+    if hasattr(returned, "param_groups"):  # Lightning accepts optimizers without torch's base class
         return [returned], []
     if isinstance(returned, dict):
         returned = list(returned.values())
