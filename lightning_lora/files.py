@@ -69,8 +69,12 @@ def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) ->
 
     Raises:
         OSError: If it could not be written; the old folder is then still there.
+        ValueError: If a path leads out of the folder.
     """
     path = Path(path)
+    for name in contents:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} is no name inside a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:

@@ -73,7 +73,6 @@ def adapter_folders(path: Path) -> list[Path]:
     if (path / WEIGHTS).is_file():
         return [path]
     inner = sorted(file.parent for file in path.glob(f"*/{WEIGHTS}"))
-    inner += sorted(file.parent for file in path.glob(f"*.*/{WEIGHTS}") if file.parent not in inner)
     if not inner:
         pickle = next((name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()), None)
         hint = f"; {pickle} is a pickle, which could run code: convert it to safetensors first" if pickle else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -65,9 +65,9 @@ def folder_contents(model: nn.Module, state: Mapping[str, Tensor], task: str = "
     contents: dict[str, bytes] = {}
     for root in sorted(set(roots.values())):
         inside = {site.name: site for site in found if roots[site.name] == root}
-        full_inside = {relative(name, root) for name in full if _is_in(name, root)}
+        full_inside = {relative(name, root) for name in full if _innermost(name, roots.values()) == root}
         contents |= _network_files(model, root, inside, full_inside, state, task, len(set(roots.values())) > 1)
-    outside = {name: state[name] for name in full if not any(_is_in(name, root) for root in roots.values())}
+    outside = {name: state[name] for name in full if _innermost(name, roots.values()) is None}
     if outside:
         contents[OUTSIDE] = to_bytes(outside, {"schema": SCHEMA, "task": task, "trained_in_full": sorted(outside)})
     return contents
@@ -96,7 +96,7 @@ def _network_files(
     adapted = {name.rpartition(".")[0] for name in methods}
     for name in full:
         tensors[peft_format.full_name(name, adapted)] = state[join(root, name)]
-    folder = f"{root}/" if several else ""
+    folder = f"{root or '_'}/" if several else ""
     return {
         folder + WEIGHTS: to_bytes(tensors, described),
         folder + CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
@@ -117,6 +117,11 @@ def _roots(model: nn.Module, names: list[str]) -> dict[str, str]:
     trained_by_a_trainer = hasattr(model, "training_step") and hasattr(model, "configure_optimizers")
     one = trained_by_a_trainer and len(first) == 1 and all(name.count(".") > 1 for name in rest)
     return found | dict.fromkeys(rest, first.pop() if one else "")
+
+
+def _innermost(name: str, roots: Iterable[str]) -> str | None:
+    """Return the longest of the roots that a name is in."""
+    return max((root for root in roots if _is_in(name, root)), key=len, default=None)
 
 
 def _is_in(name: str, root: str) -> bool:
