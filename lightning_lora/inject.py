@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora.layers import kind_of, swap, swap_readers, unswap
 from lightning_lora.method import Method
-from lightning_lora.sites import Site, Slot, sites, slot_of, slots_of
+from lightning_lora.sites import Site, Slot, clean, sites, slot_of, slots_of
 from lightning_lora.state import mark_trained_in_full, unmark
 from lightning_lora.targets import Candidate, choose_values, find_modules_to_save, find_targets
 
@@ -100,6 +100,7 @@ def insert(
     Raises:
         ValueError: If a matrix cannot be adapted, or has another adapter of this task.
     """
+    _check_shapes(model)
     new = [(one, method) for one, method in targets if not _has_already(one, method, task)]
     for one, _ in new:
         _check_layer(one)
@@ -156,6 +157,15 @@ def check_task_name(task: str) -> None:
         raise ValueError(f"task={task!r}: use 1 to 64 letters, digits, '_' or '-', and no name of a module method")
 
 
+def _check_shapes(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(
+                f"{clean(name)} has no shape yet (lazy layer), so it can be neither adapted nor frozen: run one batch "
+                "through the model where it is built, in __init__, setup or configure_model, or give in_features"
+            )
+
+
 def _has_already(one: Candidate, method: Method, task: str) -> bool:
     slot = slot_of(one.site.module, one.site.parameter)
     if slot is None or task not in slot:
@@ -172,8 +182,13 @@ def _has_already(one: Candidate, method: Method, task: str) -> bool:
 def _check_layer(one: Candidate) -> None:
     module, parameter = one.site.module, one.site.parameter
     kind = kind_of(module)
-    if isinstance(getattr(module, parameter), nn.UninitializedParameter):
-        raise ValueError(f"{one.site.name} has no shape yet (lazy layer): run one batch through the model first")
+    if parameter not in module._parameters:
+        name = one.site.name.rpartition(".")[0]
+        raise ValueError(
+            f"{one.site.name} is no parameter but computed from others (spectral norm, weight norm, pruning), so an "
+            f"adapter cannot be added to it: leave it out with exclude_modules=['{name}'], train it in full with "
+            f"modules_to_save=['{name}'], or remove what computes it from the module first"
+        )
     if "adapters" in module._modules and not slots_of(module):
         raise ValueError(f"{one.site.name}: its module already has a child called 'adapters', the name we need")
     if kind is None:

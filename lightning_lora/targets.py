@@ -8,13 +8,16 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora.layers import KINDS, AdaptedLayer, kind_of
-from lightning_lora.sites import Site, clean, join
+from lightning_lora.sites import Site, clean, join, slots_of
 
 ALL_LINEAR = "all-linear"
 V = TypeVar("V")
+_FAR = 0.1  # relative; quantized layers stay below, masks and scales do not
 
 
 class Candidate(NamedTuple):
@@ -83,12 +86,7 @@ def find_targets(
         model, modules_to_save, "modules_to_save"
     )
     if target_modules == ALL_LINEAR:
-        heads = _output_heads(model)
-        chosen = [one for one in available if id(one.site.module) not in heads]
-        if not available:
-            raise ValueError(
-                f"target_modules='{ALL_LINEAR}' found no layer to adapt in {type(model).__name__}: {_known()}"
-            )
+        chosen = _all_linear(model, available, left_out)
     elif isinstance(target_modules, str):
         try:
             expression = re.compile(target_modules)
@@ -112,6 +110,74 @@ def find_targets(
             f"exclude_modules={list(exclude_modules)!r} and modules_to_save={list(modules_to_save)!r} took out all"
         )
     return kept
+
+
+def _all_linear(model: nn.Module, available: list[Candidate], left_out: set[int]) -> list[Candidate]:
+    """Return all matrices but the output heads', after a check that "all" holds for the layers that look linear."""
+    what = f"target_modules='{ALL_LINEAR}'"
+    heads = _output_heads(model)
+    unknown = {
+        clean(name): module
+        for name, module in model.named_modules()
+        if name and id(module) not in left_out | heads and _looks_linear(module)
+    }
+    if unknown:
+        first, module = next(iter(unknown.items()))
+        others = f", and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ValueError(
+            f"{what} cannot adapt {first}, a {type(module).__name__}{others}: {_known()}. Leave out what is to stay "
+            f"frozen with exclude_modules={_ends(unknown)}, or name what is to be adapted with target_modules=[...]"
+        )
+    if not available:
+        raise ValueError(f"{what} found no layer to adapt in {type(model).__name__}: {_known()}")
+    chosen = [one for one in available if id(one.site.module) not in heads]
+    if not chosen:
+        names = [clean(name) for name, module in model.named_modules() if id(module) in heads]
+        raise ValueError(f"{what} leaves out the output head, and {names[0]} is all there is: target_modules={names}")
+    for one in chosen:
+        if id(one.site.module) not in left_out and _computes_otherwise(one.site.module):
+            name = one.site.name.rpartition(".")[0]
+            raise ValueError(
+                f"{what} does not adapt {name}: the forward of {type(one.site.module).__name__} does not compute "
+                "x @ weight.T + bias (it masks or scales, say), so an adapter would not be a change of its weight. "
+                f"Leave it out with exclude_modules=['{name}'], or choose it by name with target_modules=[...]"
+            )
+    return chosen
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    """Tell whether a module is, by its class's name, a linear layer of a kind that is not known."""
+    name = type(module).__name__
+    holds_tensors = bool(module._parameters or module._buffers)
+    like = name == "Linear" or (holds_tensors and ("Linear" in name or name == "Conv1D"))
+    return like and not any(kind_of(inner) for inner in module.modules())
+
+
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Tell whether a subclass of ``nn.Linear`` has a forward that is far from its base's, by running both."""
+    if not isinstance(module, nn.Linear) or isinstance(module, AdaptedLayer):
+        return False
+    weight = module.weight
+    if type(module).forward is nn.Linear.forward or weight.is_meta or not weight.is_floating_point():
+        return False
+    values = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device)
+    x = values.view(2, module.in_features)
+    mode = module.training
+    module.training = False
+    try:
+        with torch.no_grad():
+            expected = F.linear(x, weight, module.bias)
+            return bool((module.forward(x) - expected).norm() > _FAR * expected.norm())
+    except (RuntimeError, TypeError, AttributeError):  # a forward of another signature, or weights of another layout
+        return False
+    finally:
+        module.training = mode
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    """Return the fewest last parts that mean all names; a number means nothing by itself."""
+    lasts = {name if name.rpartition(".")[2].isdigit() else name.rpartition(".")[2] for name in names}
+    return sorted(lasts)
 
 
 def _listed(model: nn.Module, available: list[Candidate], patterns: Sequence[str]) -> list[Candidate]:
@@ -168,23 +234,21 @@ def find_modules_to_save(model: nn.Module, patterns: Sequence[str]) -> list[tupl
         ValueError: If an entry matches nothing.
     """
     found: list[tuple[nn.Module, str | None]] = []
+    slots = [module._modules["adapters"] for module in model.modules() if slots_of(module)]
+    ours = {id(part) for slot in slots for part in slot.modules()}  # type: ignore[union-attr]
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if id(module) not in ours]
     for pattern in patterns:
-        named = model.named_modules(remove_duplicate=False)
         hits: list[tuple[nn.Module, str | None]] = [
-            (module, None) for name, module in named if name and _may_save(name) and matches(pattern, clean(name))
+            (module, None) for name, module in named if name and matches(pattern, clean(name))
         ]
         if not hits:
-            for prefix, owner in model.named_modules(remove_duplicate=False):
-                own = [name for name in (*owner._parameters, *owner._buffers) if _may_save(prefix)]
+            for prefix, owner in named:
+                own = (*owner._parameters, *owner._buffers)
                 hits += [(owner, name) for name in own if matches(pattern, clean(join(prefix, name)))]
         if not hits:
             raise ValueError(_unmatched(model, pattern, "modules_to_save"))
         found += hits
     return found
-
-
-def _may_save(name: str) -> bool:
-    return "adapters" not in name.split(".")
 
 
 def _excluded(model: nn.Module, patterns: Sequence[str], option: str) -> set[int]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.sites import sites
-from lightning_lora.state import marked
+from lightning_lora.state import mark_trained_in_full, marked
+
+_SAMPLE = 1024
 
 
 class Audit:
-    """Watches one batch: every adapter must get a gradient, and nothing of the base may be trained.
+    """Watches one batch: every adapter must get a gradient, and nothing of the base may be trained or written to.
+
+    Buffers that the batch changed, such as a codebook's, are noted as trained, so that checkpoints hold them.
 
     Args:
         model: The adapted model, as it is trained.
@@ -21,13 +28,16 @@ class Audit:
         self.backward_ran = False
         self._reached: set[str] = set()
         self._handles: list[RemovableHandle] = []
-        self._names: list[str] = []
+        self._factors: dict[str, str] = {}
+        self._weights: dict[str, Tensor] = {}
         for site in sites(model):
+            self._weights[site.name] = _sample(getattr(site.module, site.parameter))
             for factor, parameter in site.slot.named_parameters():
                 if parameter.requires_grad:
                     name = f"{site.name} ({factor})"
-                    self._names.append(name)
+                    self._factors[name] = site.name
                     self._handles.append(parameter.register_hook(self._note(name)))  # type: ignore[no-untyped-call]
+        self._buffers = Buffers(model)
 
     def _note(self, name: str):  # type: ignore[no-untyped-def]
         def note(gradient: Tensor) -> None:
@@ -45,26 +55,85 @@ class Audit:
         """Judge the batch.
 
         Raises:
-            RuntimeError: If an adapter got no gradient, or a parameter of the base is trainable.
+            RuntimeError: If an adapter got no gradient, a parameter of the base is trainable, or an adapted weight of
+                the base has other values than before.
         """
-        silent = [name for name in self._names if name not in self._reached]
-        if silent:
-            first = silent[0].partition(" ")[0].rpartition(".")[0]
+        self._check_gradients()
+        check_frozen(self.model)
+        self._check_weights()
+        self._buffers.mark_changed()
+
+    def _check_gradients(self) -> None:
+        silent = [name for name in self._factors if name not in self._reached]
+        if not silent:
+            return
+        modules = {_module_of(self._factors[name]) for name in silent}
+        used = {_module_of(self._factors[name]) for name in self._reached} - modules
+        raise RuntimeError(
+            f"{len(silent)} of {len(self._factors)} adapter parameters got no gradient in the first batch: "
+            f"{_some(silent)}. Either the forward does not call these layers as modules (a teacher, a layer whose "
+            f"weight is read directly): leave them out with exclude_modules={_outermost(modules, used)}. Or something "
+            "cuts the gradient, as reentrant checkpointing of a frozen input does: pass use_reentrant=False. Or later "
+            "batches use them, or the module averages them from others: set LoRACallback(audit=False)"
+        )
+
+    def _check_weights(self) -> None:
+        now = {site.name: _sample(getattr(site.module, site.parameter)) for site in sites(self.model)}
+        written = [
+            name
+            for name, before in self._weights.items()
+            if name in now and now[name].shape == before.shape and not torch.equal(now[name], before)
+        ]
+        if written:
             raise RuntimeError(
-                f"{len(silent)} of {len(self._names)} adapter parameters got no gradient in the first batch: "
-                f"{', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''}. The forward does not reach these "
-                "layers, or something cuts the gradient (reentrant checkpointing of a frozen input does: pass "
-                f"use_reentrant=False). Leave them out with exclude_modules=['{first}'], or, if later batches use "
-                "them, set LoRACallback(audit=False)"
+                f"{len(written)} weights of the frozen base were changed during the first batch: {_some(written)}. "
+                "Checkpoints do not hold them, so the change would be lost. Something writes to parameters itself, "
+                "such as weight clipping: let it skip those that do not require a gradient, or train the module in "
+                f"full with modules_to_save={_outermost({_module_of(name) for name in written}, set())}"
             )
-        ours = {id(parameter) for site in sites(self.model) for parameter in site.slot.parameters()}
-        ours |= {id(module._parameters.get(name)) for module in self.model.modules() for name in marked(module)}
-        thawed = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours]
-        if thawed:
-            raise RuntimeError(
-                f"{len(thawed)} parameters of the frozen base require a gradient: {', '.join(thawed[:3])}. "
-                "Something set requires_grad after injection; to train them in full list them in modules_to_save"
-            )
+
+
+class Buffers:
+    """Finds the buffers that training changes, such as those of a codebook or a queue, so that checkpoints hold them.
+
+    Args:
+        model: The adapted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = [
+            (module, name, buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+
+    def mark_changed(self) -> None:
+        """Note those that changed as trained in full."""
+        for module, name, before in self._before:
+            now = module._buffers.get(name)
+            if now is not None and not torch.equal(now, before):
+                mark_trained_in_full(module, [name])
+
+
+def check_frozen(model: nn.Module) -> None:
+    """Check that the base requires no gradient.
+
+    Args:
+        model: The adapted model.
+
+    Raises:
+        RuntimeError: If a parameter requires one that is neither an adapter's nor in ``modules_to_save``.
+    """
+    ours = {id(parameter) for site in sites(model) for parameter in site.slot.parameters()}
+    ours |= {id(module._parameters.get(name)) for module in model.modules() for name in marked(module)}
+    thawed = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    if thawed:
+        raise RuntimeError(
+            f"{len(thawed)} parameters of the frozen base require a gradient: {_some(thawed)}. "
+            "Something set requires_grad after injection: to train them in full list them in modules_to_save; "
+            "to switch the gradients of an adversary by turns call self.toggle_optimizer(...) instead"
+        )
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:
@@ -80,3 +149,29 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
         and getattr(module, "running_mean", None) is not None
         and "running_mean" not in marked(module)
     ]
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Return a copy of some values of a weight; none of one that is sharded or packed."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        return torch.empty(0)
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)].clone()
+
+
+def _module_of(site: str) -> str:
+    return site.rpartition(".")[0] or site
+
+
+def _outermost(names: Collection[str], others: Collection[str]) -> list[str]:
+    """Return the fewest modules that hold all these names and none of the others."""
+    found: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        found.add(next((p for p in prefixes if not any(f"{other}.".startswith(f"{p}.") for other in others)), name))
+    return sorted(found)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
