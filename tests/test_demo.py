@@ -1,0 +1,82 @@
+"""The demo's data are what its README says, and its script runs from training to the last check."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples/debian_sections"
+
+
+def rows(split: str) -> list[dict[str, str]]:
+    with (DEMO / f"data/{split}.tsv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def test_the_splits_have_their_sizes_and_share_no_source_package_and_no_synopsis():
+    splits = {split: rows(split) for split in ("train", "validation", "test")}
+    assert {split: len(found) for split, found in splits.items()} == {"train": 2000, "validation": 500, "test": 1000}
+    for column in ("source", "synopsis"):
+        values = [row[column] for found in splits.values() for row in found]
+        assert len(set(values)) == 3500
+    for found in splits.values():
+        assert len({row["section"] for row in found}) == 14
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory) -> Path:
+    """A BERT of two narrow layers with a word list of the data, as `save_pretrained` leaves it."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("base")
+    words = sorted({word.lower() for row in rows("train") for word in row["synopsis"].split() if word.isalnum()})
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(words) + 5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        (["--trainer.callbacks+=callbacks/lora.yaml", "--trainer.callbacks.modules_to_save=[head]"], "LoRA"),
+        (["--model.freeze_encoder=true"], "head only"),
+        ([], "full"),
+    ],
+    ids=["lora", "head", "full"],
+)
+def test_the_script_trains_tests_and_checks_the_adapter(arguments, method, tiny_base, tmp_path):
+    run = subprocess.run(
+        [
+            sys.executable,
+            str(DEMO / "train.py"),
+            "--config=configs/cpu.yaml",
+            f"--config={DEMO / 'sections.yaml'}",
+            *arguments,
+            f"--model.base={tiny_base}",
+            "--trainer.max_epochs=1",
+            "--trainer.limit_train_batches=4",
+            "--trainer.enable_progress_bar=false",
+            f"--trainer.logger.init_args.save_dir={tmp_path}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert method in run.stdout
+    assert "test accuracy" in run.stdout
+    assert ("merged against unmerged" in run.stdout) == (method == "LoRA")
+    assert ("loaded by PEFT" in run.stdout) == (method == "LoRA")
+
+
+def test_an_unknown_method_is_refused_with_the_choice():
+    run = subprocess.run(["make", "-n", "demo", "METHOD=lara"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "choose lora, lora_plus, rslora, head or full" in run.stdout + run.stderr
