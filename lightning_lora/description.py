@@ -100,7 +100,8 @@ def digest(weight: Tensor) -> str | None:
     if weight.is_meta:
         return None
     flat = weight.detach().reshape(-1)
-    starts = torch.linspace(0, max(0, flat.numel() - _BLOCK), _BLOCKS, device=flat.device, dtype=torch.float64).long()
+    last = max(0, flat.numel() - _BLOCK)
+    starts = torch.arange(_BLOCKS, device=flat.device) * last // (_BLOCKS - 1)  # whole numbers: alike on every device
     index = (starts[:, None] + torch.arange(min(_BLOCK, flat.numel()), device=flat.device)).reshape(-1)
     sample = flat[index]
     sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample

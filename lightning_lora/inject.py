@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lora.layers import kind_of, swap, swap_readers, unswap
 from lightning_lora.method import Method
 from lightning_lora.sites import Site, Slot, clean, sites, slot_of, slots_of
-from lightning_lora.state import mark_trained_in_full, unmark
+from lightning_lora.state import mark_trained_in_full, marked, unmark
 from lightning_lora.targets import Candidate, choose_values, find_modules_to_save, find_targets
 
 Bias = Literal["none", "lora_only", "all"]
@@ -98,12 +98,13 @@ def insert(
         dtype: As for ``inject``.
 
     Raises:
-        ValueError: If a matrix cannot be adapted, or has another adapter of this task.
+        ValueError: If a matrix cannot be adapted, or the task has adapters of another method.
     """
     _check_shapes(model)
     new = [(one, method) for one, method in targets if not _has_already(one, method, task)]
-    for one, _ in new:
+    for one, method in new:
         _check_layer(one)
+        _check_method(model, method, task)
     seed = torch.initial_seed() if seed is None else seed
     if new:
         _freeze(model)
@@ -153,8 +154,8 @@ def remove(model: nn.Module, task: str | None = None) -> None:
 
 def check_task_name(task: str) -> None:
     """Raise ``ValueError`` unless a task's name is short and safe in file names and module names."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task) or hasattr(nn.ModuleDict, task):
-        raise ValueError(f"task={task!r}: use 1 to 64 letters, digits, '_' or '-', and no name of a module method")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task) or hasattr(Slot(), task):
+        raise ValueError(f"task={task!r}: use 1 to 64 letters, digits, '_' or '-', and no attribute of a module")
 
 
 def _check_shapes(model: nn.Module) -> None:
@@ -179,6 +180,16 @@ def _has_already(one: Candidate, method: Method, task: str) -> bool:
     return True
 
 
+def _check_method(model: nn.Module, method: Method, task: str) -> None:
+    """Refuse a second method in one task; ranks and alphas may differ from site to site."""
+    present = next((site.adapter(task).method for site in sites(model, task)), method)
+    if present.at(method.r, method.alpha) != method:
+        raise ValueError(
+            f"the adapter {task!r} is already there with {present}, not {method}, and a task has one method: "
+            f"call remove(model, {task!r}) first, or give another task name"
+        )
+
+
 def _check_layer(one: Candidate) -> None:
     module, parameter = one.site.module, one.site.parameter
     kind = kind_of(module)
@@ -189,8 +200,8 @@ def _check_layer(one: Candidate) -> None:
             f"adapter cannot be added to it: leave it out with exclude_modules=['{name}'], train it in full with "
             f"modules_to_save=['{name}'], or remove what computes it from the module first"
         )
-    if "adapters" in module._modules and not slots_of(module):
-        raise ValueError(f"{one.site.name}: its module already has a child called 'adapters', the name we need")
+    if hasattr(module, "adapters") and not slots_of(module):
+        raise ValueError(f"{one.site.name}: its module already has an attribute called 'adapters', the name we need")
     if kind is None:
         raise ValueError(f"{one.site.name}: a {type(module).__name__} cannot be adapted")
 
@@ -217,9 +228,10 @@ def _adapter_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def _freeze(model: nn.Module) -> None:
-    ours = {id(parameter) for site in sites(model) for parameter in site.slot.parameters()}
+    trained = {id(parameter) for site in sites(model) for parameter in site.slot.parameters()}
+    trained |= {id(module._parameters.get(name)) for module in model.modules() for name in marked(module)}
     for parameter in model.parameters():
-        if id(parameter) not in ours:
+        if id(parameter) not in trained:
             parameter.requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
@@ -144,21 +145,45 @@ class AdaptedTransformerEncoderLayer(InferenceReader):
 
     @staticmethod
     def reads(module: nn.Module) -> list[tuple[nn.Module, str]]:
-        """Return what the attention reads, and the weights of the two linear layers."""
-        attention = AdaptedMultiheadAttention.reads(module.self_attn)  # type: ignore[arg-type]
-        return [*attention, (module.linear1, "weight"), (module.linear2, "weight")]  # type: ignore[list-item]
+        """Return what the attention reads, and the weights of the two linear layers.
+
+        A subclass that has other children in their places has a forward of its own, which calls them.
+        """
+        attention = getattr(module, "self_attn", None)
+        found = AdaptedMultiheadAttention.reads(attention) if isinstance(attention, nn.MultiheadAttention) else []
+        linears = [getattr(module, name, None) for name in ("linear1", "linear2")]
+        return found + [(linear, "weight") for linear in linears if isinstance(linear, nn.Linear)]
 
 
-class AdaptedTransformerEncoder(InferenceReader):
-    """``nn.TransformerEncoder``: in eval mode it asks its first layer's weights whether the fused path may be taken."""
+class AdaptedTransformerEncoder(AdaptedLayer):
+    """``nn.TransformerEncoder``: packs a padded batch into nested tensors, which only the fused path can compute.
+
+    It decides by asking whether the weights of its first layer need a gradient; those of all adapters have a say too.
+    """
 
     adapts = nn.TransformerEncoder
 
     @staticmethod
     def reads(module: nn.Module) -> list[tuple[nn.Module, str]]:
-        """Return what the first layer reads, if that is PyTorch's own kind."""
-        first = module.layers[0]  # type: ignore[index]
-        return AdaptedTransformerEncoderLayer.reads(first) if isinstance(first, nn.TransformerEncoderLayer) else []
+        """Return what the layers of PyTorch's own kind read."""
+        layers = [layer for layer in getattr(module, "layers", ()) if isinstance(layer, nn.TransformerEncoderLayer)]
+        return [pair for layer in layers for pair in AdaptedTransformerEncoderLayer.reads(layer)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plain forward, without nested tensors where an adapter in use needs a gradient."""
+        nested = getattr(self, "use_nested_tensor", False)
+        if self.training or not nested or not torch.is_grad_enabled() or not self._needs_gradient():
+            return super().forward(*args, **kwargs)
+        self.use_nested_tensor = False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.use_nested_tensor = nested
+
+    def _needs_gradient(self) -> bool:
+        slots = [slot_of(owner, parameter) for owner, parameter in self.reads(self)]
+        adapters = [adapter for slot in slots if slot is not None for adapter in slot.in_use()]
+        return any(parameter.requires_grad for adapter in adapters for parameter in adapter.parameters())
 
 
 KINDS: tuple[type[AdaptedLayer], ...] = (

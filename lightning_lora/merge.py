@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.inject import remove
-from lightning_lora.sites import Site, clean, sites
+from lightning_lora.sites import Site, Slot, clean, join, sites
 
 
 @torch.no_grad()
@@ -45,20 +45,20 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         ValueError: As ``merge_``.
         RuntimeError: If the model is merged already.
     """
-    kept: list[tuple[Site, Tensor]] = []
+    kept: list[tuple[Site, Slot, Tensor]] = []
     try:
         with torch.no_grad():
             for site, weight in _merged_weights(model):
                 parameter = getattr(site.module, site.parameter)
-                kept.append((site, parameter.detach().clone()))
+                kept.append((site, site.slot, parameter.detach().clone()))
                 parameter.copy_(weight)
                 site.slot.merged = True
         yield model
     finally:
         with torch.no_grad():
-            for site, weight in kept:
-                getattr(site.module, site.parameter).copy_(weight)
-                site.slot.merged = False
+            for site, slot, plain in kept:  # the slot is kept aside too: the site has lost it if it was removed inside
+                getattr(site.module, site.parameter).copy_(plain)
+                slot.merged = False
 
 
 def _merged_weights(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
@@ -67,16 +67,13 @@ def _merged_weights(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
     if not adapted:
         raise ValueError(f"nothing to merge: {type(model).__name__} has no adapters")
     check_not_merged(model, "merge again")
-    owners: dict[int, set[int]] = {}
     names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(id(module))
-                names.setdefault(id(parameter), []).append(clean(f"{prefix}.{name}"))
+            names.setdefault(id(parameter), []).append(clean(join(prefix, name)))
     for site in adapted:
         parameter = getattr(site.module, site.parameter)
-        if len(owners[id(parameter)]) > 1:
+        if len(names[id(parameter)]) > 1:
             raise ValueError(
                 f"cannot merge into {site.name}: it is tied ({' = '.join(names[id(parameter)])}), so the other would "
                 "change with it; untie them, or keep the adapter unmerged"

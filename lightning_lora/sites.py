@@ -81,6 +81,12 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
     return {parameter: slot for parameter, slot in inner.items() if isinstance(slot, Slot)}
 
 
+def added_modules(model: nn.Module) -> set[int]:
+    """Return the ids of the modules that adapters consist of: everything in the model that is not the base's own."""
+    holders = [module._modules["adapters"] for module in model.modules() if slots_of(module)]
+    return {id(part) for holder in holders for part in holder.modules()}  # type: ignore[union-attr]
+
+
 def clean(name: str) -> str:
     """Return a module or parameter name without the parts that wrappers (compile, FSDP, checkpointing) put in it."""
     wrappers = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lightning_lora.adapter import Adapter
-from lightning_lora.sites import clean, join
+from lightning_lora.sites import added_modules, clean, join
 
 MARK = "trained_in_full"
 
@@ -44,24 +43,39 @@ def unmark(model: nn.Module) -> None:
 def own_entries(model: nn.Module) -> set[str]:
     """Return the state-dict keys of the adapters and of everything else that training changes.
 
-    These are all parameters and buffers of adapters, what is marked as trained in full, any other parameter that
-    requires a gradient now, and the buffers that the model keeps on itself.
+    These are all parameters and buffers of adapters, what is trained in full, and the buffers that the model keeps on
+    itself.
     """
-    ours: set[str] = set()
-    adapter_parts = {id(part) for module in model.modules() if isinstance(module, Adapter) for part in module.modules()}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        in_adapter = id(module) in adapter_parts
-        full = marked(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and (in_adapter or parameter.requires_grad or name in full):
-                ours.add(join(prefix, name))
-        ours.update(join(prefix, name) for name in _buffers(module) if in_adapter or name in full or module is model)
-    return ours
+    added = added_modules(model)
+    adapters = {
+        join(prefix, name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if id(module) in added
+        for name in (*module._parameters, *_buffers(module))
+    }
+    return adapters | _trained_in_full(model) | set(_buffers(model))
 
 
 def trained_in_full(model: nn.Module) -> set[str]:
-    """Return the clean names of our entries that are no adapter's."""
-    return {clean(name) for name in own_entries(model) if "adapters" not in name.split(".")}
+    """Return the clean names of the base's entries that are trained in full.
+
+    These are all that is marked so, and any other parameter of the base that requires a gradient now.
+    """
+    return {clean(name) for name in _trained_in_full(model)}
+
+
+def _trained_in_full(model: nn.Module) -> set[str]:
+    added = added_modules(model)
+    found: set[str] = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if id(module) in added:
+            continue
+        full = marked(module)
+        found.update(join(prefix, name) for name in _buffers(module) if name in full)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (parameter.requires_grad or name in full):
+                found.add(join(prefix, name))
+    return found
 
 
 def base_entries(model: nn.Module) -> set[str]:

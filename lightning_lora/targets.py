@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora.layers import KINDS, AdaptedLayer, kind_of
-from lightning_lora.sites import Site, clean, join, slots_of
+from lightning_lora.sites import Site, added_modules, clean, join
 
 ALL_LINEAR = "all-linear"
 V = TypeVar("V")
@@ -103,7 +103,8 @@ def find_targets(
             )
     else:
         chosen = _listed(model, available, target_modules)
-    kept = [one for one in chosen if id(one.site.module) not in left_out and not _names_excluded(one, exclude_modules)]
+    named_out = [*exclude_modules, *modules_to_save]
+    kept = [one for one in chosen if id(one.site.module) not in left_out and not _names_excluded(one, named_out)]
     if not kept:
         raise ValueError(
             f"nothing is left to adapt: target_modules={target_modules!r} chose {len(chosen)} matrices, and "
@@ -234,9 +235,8 @@ def find_modules_to_save(model: nn.Module, patterns: Sequence[str]) -> list[tupl
         ValueError: If an entry matches nothing.
     """
     found: list[tuple[nn.Module, str | None]] = []
-    slots = [module._modules["adapters"] for module in model.modules() if slots_of(module)]
-    ours = {id(part) for slot in slots for part in slot.modules()}  # type: ignore[union-attr]
-    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if id(module) not in ours]
+    added = added_modules(model)
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if id(module) not in added]
     for pattern in patterns:
         hits: list[tuple[nn.Module, str | None]] = [
             (module, None) for name, module in named if name and matches(pattern, clean(name))
