@@ -128,9 +128,19 @@ def is_remote(path: Any) -> bool:
 
 
 def tolerate_missing_base(module: nn.Module, incompatible: Any) -> None:
-    """Strike the frozen base off the missing keys after ``load_state_dict``; all of our entries stay required."""
-    ours = own_entries(module)
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in ours]
+    """Strike the frozen base off the missing keys after ``load_state_dict``; all of our entries stay required.
+
+    Keys carry a prefix where the module is inside another one, as in the copy that averages weights.
+    """
+    base = base_entries(module)
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not any(end in base for end in _ends(key))
+    ]
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def load_from_checkpoint(

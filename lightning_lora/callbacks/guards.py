@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.sites import sites
+from lightning_lora.sites import Site, sites
 from lightning_lora.state import mark_trained_in_full, marked
 
 _SAMPLE = 1024
@@ -149,6 +150,45 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
         and getattr(module, "running_mean", None) is not None
         and "running_mean" not in marked(module)
     ]
+
+
+def hold_still(norm: nn.Module) -> Callable[[], None]:
+    """Put a layer in eval mode and leave it there, whatever calls ``train()`` on it or on a module around it.
+
+    Args:
+        norm: A layer with running statistics.
+
+    Returns:
+        What lets it go again.
+    """
+    norm.eval()
+    norm.__dict__["train"] = MethodType(_stay, norm)
+
+    def let_go() -> None:
+        norm.__dict__.pop("train", None)
+
+    return let_go
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Take the place of ``nn.Module.train`` and do nothing."""
+    return module
+
+
+def check_present(model: nn.Module, found: list[Site]) -> None:
+    """Raise ``RuntimeError`` if adapters are gone that had been injected.
+
+    Args:
+        model: The adapted model.
+        found: The sites as injected.
+    """
+    now = {site.name for site in sites(model)}
+    lost = [site.name for site in found if site.name not in now]
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} of {len(found)} adapters are gone since they were injected: {_some(lost)}. Something put "
+            "other layers in their place, as precision plugins do: let it convert the module before the Trainer runs"
+        )
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Role
-from lightning_lora.callbacks.guards import Audit, frozen_norms
+from lightning_lora.callbacks.averaging import averaging_callbacks, check_norms, check_order, leave_frozen_weights
+from lightning_lora.callbacks.guards import Audit, check_present, frozen_norms, hold_still
 from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.inject import Bias, inject
 from lightning_lora.merge import check_not_merged
@@ -22,7 +23,7 @@ from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.optim import check_ratio, link, place, split
 from lightning_lora.report import table, totals
-from lightning_lora.sites import sites
+from lightning_lora.sites import Site, sites
 
 _ABSENT = object()
 
@@ -82,27 +83,32 @@ class LoRACallback(Callback):
         self.allow_base_mismatch = allow_base_mismatch
         self._undo: list[Callable[[], None]] = []
         self._audit: Audit | None = None
-        self._norms: list[nn.Module] = []
+        self._found: list[Site] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for the module to be whole: its own ``setup`` and ``configure_model`` come after this hook."""
         self._undo_all()
-        self._wrap(pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, build))
+        self._wrap(pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, stage, build))
         if stage == "fit":
+            check_order(trainer, self)
             self._wrap(pl_module, "configure_optimizers", lambda build: self._configure_optimizers(pl_module, build))
         tolerant = pl_module.register_load_state_dict_post_hook(tolerate_missing_base)  # type: ignore[no-untyped-call]
         self._undo.append(tolerant.remove)
         present: Any = trainer.strategy.checkpoint_io
         inner = present.checkpoint_io if isinstance(present, AdapterCheckpointIO) else present
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(inner, pl_module, self.allow_base_mismatch)
+        if stage == "fit" and averaging_callbacks(trainer):
+            pl_module.configure_model()  # now, because their setup copies the module
 
-    def _configure_model(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> None:
+    def _configure_model(
+        self, trainer: Trainer, pl_module: LightningModule, stage: str, build: Callable[[], Any]
+    ) -> None:
         build()
         trainer.precision_plugin.convert_module(pl_module)  # plugins that replace layers would replace adapted ones
         known = len(sites(pl_module))
         seed = os.environ.get("PL_GLOBAL_SEED")  # the same on every rank, which PyTorch's own seed need not be
-        found = inject(
+        self._found = inject(
             pl_module,
             self.method,
             self.target_modules,
@@ -114,8 +120,11 @@ class LoRACallback(Callback):
             seed=int(seed) if seed is not None else 0,
             dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
         )
-        if len(found) > known:
-            rank_zero_info(f"{table(found)}\n{totals(pl_module)}")
+        if len(self._found) > known:
+            rank_zero_info(f"{table(self._found)}\n{totals(pl_module)}")
+        if stage == "fit":
+            check_norms(trainer, pl_module)
+            self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
 
     def _configure_optimizers(self, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
         try:
@@ -141,18 +150,27 @@ class LoRACallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Train the adapters' dropout even where the base was loaded in eval mode, and hold frozen norms still."""
-        for site in sites(pl_module):
-            site.slot.train()
-        self._norms = frozen_norms(pl_module)
+        """Check that everything is still as it was set up, now that strategy and plugins had their turn."""
+        check_present(pl_module, self._found)
+        leave_frozen_weights(trainer)
+        self._set_modes(pl_module)  # again: SyncBatchNorm takes the place of other norms
         self._audit = Audit(pl_module) if self.audit else None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep frozen running statistics from drifting, whatever called ``train()`` meanwhile."""
+        """Train the adapters' dropout even over a base in eval mode."""
         check_not_merged(pl_module, "train")
-        for norm in self._norms:
-            norm.eval()
+        self._train_adapters()
+
+    def _set_modes(self, pl_module: LightningModule) -> None:
+        """Hold frozen running statistics still and train the adapters' dropout, in whatever mode the base is."""
+        self._undo += [hold_still(norm) for norm in frozen_norms(pl_module) if "train" not in norm.__dict__]
+        self._train_adapters()
+
+    def _train_adapters(self) -> None:
+        for site in self._found:
+            if not site.slot.training:
+                site.slot.train()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,7 +227,7 @@ class LoRACallback(Callback):
         if self._audit is not None:
             self._audit.stop()
             self._audit = None
-        self._norms = []
+        self._found = []
 
 
 def _collect(returned: Any) -> tuple[list[Optimizer], list[Any]]:

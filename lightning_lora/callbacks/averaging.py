@@ -1,0 +1,60 @@
+"""Callbacks that average weights: they copy the whole module in their ``setup``, and average frozen weights too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_lora.callbacks.guards import frozen_norms
+
+_NAMES = {"WeightAveraging", "StochasticWeightAveraging"}  # names, as pytorch_lightning has classes of its own
+
+
+def averaging_callbacks(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a Trainer that average weights."""
+    return [one for one in trainer.callbacks if _NAMES & {cls.__name__ for cls in type(one).__mro__}]  # type: ignore[attr-defined]
+
+
+def check_order(trainer: Trainer, ours: Callback) -> None:
+    """Raise ``ValueError`` if a callback copies the module before the adapters are in it.
+
+    Args:
+        trainer: The Trainer.
+        ours: The callback that injects.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for one in averaging_callbacks(trainer):
+        if callbacks.index(one) < callbacks.index(ours):
+            raise ValueError(
+                f"{type(one).__name__} copies the module before the adapters are in it: put {type(ours).__name__} "
+                "before it in Trainer(callbacks=[...])"
+            )
+
+
+def check_norms(trainer: Trainer, module: LightningModule) -> None:
+    """Raise ``ValueError`` if running statistics that are held still would be reset and not be measured again."""
+    for one in averaging_callbacks(trainer):
+        if type(one).__name__ == "StochasticWeightAveraging" and frozen_norms(module):
+            raise ValueError(
+                f"{type(one).__name__} resets the running statistics of all BatchNorm layers, and the frozen ones are "
+                "not measured again: use EMAWeightAveraging, or list these layers in modules_to_save"
+            )
+
+
+def leave_frozen_weights(trainer: Trainer) -> None:
+    """Keep the average of equal values that very value: rounding would let the frozen base drift."""
+    for one in averaging_callbacks(trainer):
+        copied: Any = getattr(one, "_average_model", None)
+        average = getattr(copied, "avg_fn", None)
+        if average is not None:
+            copied.avg_fn = _exact(average)
+
+
+def _exact(average: Any) -> Any:
+    def exact(averaged: Tensor, current: Tensor, count: Any) -> Tensor:
+        return torch.where(averaged == current, averaged, average(averaged, current, count))
+
+    return exact
