@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Mapping
@@ -72,6 +73,9 @@ def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) ->
         ValueError: If a path leads out of the folder.
     """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file: give the name of a folder")
     for name in contents:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name!r} is no name inside a folder")
@@ -92,7 +96,11 @@ def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) ->
         elif not _exchange(temporary, path):
             aside = _temporary(path, "old")
             os.rename(path, aside)
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except BaseException:
+                os.rename(aside, path)
+                raise
             temporary = aside
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,7 +108,7 @@ def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) ->
 
 
 def _temporary(path: Path, what: str = "tmp") -> Path:
-    return path.with_name(f".{path.name}.{what}-{os.getpid()}")
+    return path.with_name(f".{path.name}.{what}-{secrets.token_hex(8)}")  # process ids come again, in containers soon
 
 
 def _sync_folder(folder: Path) -> None:
@@ -162,21 +170,27 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path}: damaged or not a safetensors file: {error}") from None
+    description = _description(metadata, tensors, path)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{path}: {name} holds values that are not finite; the run that wrote it had diverged")
-    if SECTION not in metadata:
-        return tensors, None
-    text = metadata[SECTION]
-    if metadata.get(f"{SECTION}.checksum") != _checksum(text, tensors):
-        raise AdapterError(f"{path}: the checksum does not fit: the file was changed or damaged after it was written")
+    return tensors, description
+
+
+def _description(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any] | None:
+    """Return the description in a header, None if another library wrote it, after checking the checksum."""
+    if not any(name.startswith(SECTION) for name in metadata):
+        return None
+    text = metadata.get(SECTION, f'{{"schema": {SCHEMA}}}')  # a damaged name: the checksum will not fit
     description = parse_json(text, path)
     schema = description.get("schema")
     if not isinstance(schema, int) or schema > SCHEMA:
         raise AdapterError(
             f"{path}: written by a newer lightning_lora (schema {schema}, this version reads up to {SCHEMA}): upgrade"
         )
-    return tensors, description
+    if metadata.get(f"{SECTION}.checksum") != _checksum(text, tensors):
+        raise AdapterError(f"{path}: the checksum does not fit: the file was changed or damaged after it was written")
+    return description
 
 
 def parse_json(text: str | bytes, path: str | os.PathLike[str]) -> dict[str, Any]:

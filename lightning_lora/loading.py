@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import peft_format
 from lightning_lora.description import check_description, fingerprint, methods_of
 from lightning_lora.files import AdapterError, read_tensors
 from lightning_lora.inject import check_task_name, insert
@@ -32,6 +31,7 @@ def load_adapter(
     """Inject and fill the adapters that a folder holds, written by this library or by PEFT.
 
     Everything is checked first; on an error the model is as it was. The adapters are put in use and may be trained on.
+    What a LightningModule trained in full outside of its network is left out where only the network is given.
 
     Args:
         model: The base: the network that the names are relative to, or a LightningModule that holds it.
@@ -51,18 +51,22 @@ def load_adapter(
     targets: list[tuple[Candidate, Method]] = []
     values: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, Tensor] = {}
+    bare = False
     for file in (read_adapter(folder) for folder in adapter_folders(path)):
         root = locate(file, available)
+        bare |= bool(file.root) and not root
         chosen = [available[join(root, name)] for name in file.methods]
+        again = [one.site.name for one in chosen if one.site.name in values]
+        if again:
+            raise AdapterError(f"{path}: two of its folders adapt {some(again)}: load one of them, such as {file.path}")
         if not allow_base_mismatch:
             check_base(file.path, [one.site for one in chosen], list(file.bases.values()))
         targets += zip(chosen, file.methods.values(), strict=True)
         values |= {one.site.name: factors for one, factors in zip(chosen, _factors(file, chosen), strict=True)}
         entries |= {join(root, name): value for name, value in file.full_values().items()}
     modules = named_submodules(model)
-    if (path / OUTSIDE).exists():
-        outside, _ = read_tensors(path / OUTSIDE)
-        entries |= {name: value for name, value in outside.items() if name.rpartition(".")[0] in modules}
+    if (path / OUTSIDE).exists() and not bare:
+        entries |= read_tensors(path / OUTSIDE)[0]
     for name, value in entries.items():
         _check_fits(modules, name, value, path)
     try:
@@ -150,14 +154,23 @@ def locate(file: AdapterFile, available: Iterable[str]) -> str:
         available: Names of the matrices that the model has.
 
     Raises:
-        AdapterError: If no part of the model has all that the file adapts.
+        AdapterError: If no part of the model has all that the file adapts, or several have.
     """
     available = set(available)
     first = next(iter(file.methods))
     holders = sorted((name[: -len(first) - 1] for name in available if name.endswith(f".{first}")), key=len)
-    for root in dict.fromkeys([file.root or "", "", *holders]):
-        if all(join(root, name) in available for name in file.methods):
-            return root
+    fitting = [
+        root
+        for root in dict.fromkeys([file.root or "", "", *holders])
+        if all(join(root, name) in available for name in file.methods)
+    ]
+    if fitting and (len(fitting) == 1 or fitting[0] in (file.root, "")):
+        return fitting[0]
+    if fitting:
+        raise AdapterError(
+            f"{file.path}: the adapters fit {' and '.join(fitting)} alike: load them into that one, for example "
+            f"load_adapter(model.{fitting[0]}, path)"
+        )
     absent = [name for name in file.methods if name not in available]
     raise AdapterError(
         f"{file.path}: the adapters belong to {some(absent)}, which the model does not have or which cannot be "
@@ -180,7 +193,7 @@ def check_base(path: object, found: list[Site], bases: list[str | None]) -> None
 
 def _factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str, Tensor]]:
     """Yield each site's factors after checking that every expected tensor is there in its shape, and no other."""
-    used = set(peft_format.full_entries(file.tensors))
+    used = set(file.full.values())
     for one, (name, method) in zip(chosen, file.methods.items(), strict=True):
         factors: dict[str, Tensor] = {}
         blueprint = method.build(one.shape, seed=0, device=torch.device("meta"), dtype=torch.float32)
@@ -211,6 +224,8 @@ def _check_fits(modules: Mapping[str, nn.Module], name: str, value: Tensor, path
         raise AdapterError(f"{path}: it holds {name}, which the model does not have")
     if present.shape != value.shape:
         raise AdapterError(f"{path}: {name} has shape {list(value.shape)}, the model's is {list(present.shape)}")
+    if present.is_floating_point() != value.is_floating_point():
+        raise AdapterError(f"{path}: {name} is stored as {value.dtype}, the model's is {present.dtype}")
 
 
 def some(names: list[str]) -> str:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from lightning_lora.files import AdapterError
 from lightning_lora.method import Method, known_methods
-from lightning_lora.sites import join
+from lightning_lora.sites import added_modules, join
 
 PREFIX = "base_model.model."
 OWN_TYPE = "LIGHTNING_LORA"
-_LITERAL_NAME = re.compile(r"\^?[A-Za-z0-9_\-]+(\\?\.[A-Za-z0-9_\-]+)*\$?")
+_LAST_DOUBLING = "0.21.2"
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_LITERAL_NAME = re.compile(r"\^?(\w|\\?[-.])+\$?", re.ASCII)
 
 
 def tensor_name(network: nn.Module, site: str, factor: str) -> str:
@@ -30,17 +32,20 @@ def tensor_name(network: nn.Module, site: str, factor: str) -> str:
         site: The matrix, as its key in the network's state dict.
         factor: The adapter's parameter, such as ``lora_A``.
     """
+    plain, in_attention = tensor_names(site, factor)
+    return in_attention if _in_attention(network, site) else plain
+
+
+def tensor_names(site: str, factor: str) -> tuple[str, str]:
+    """Return PEFT's name of one factor, and its name where the matrix is an attention's output projection."""
     module, _, parameter = site.rpartition(".")
-    if in_attention(network, site):
-        owner, _, child = module.rpartition(".")
-        module = join(owner, "base_layer", child)
-    if parameter not in ("weight", "in_proj_weight"):
-        module = site
-    return f"{PREFIX}{module}.{factor}.weight"
+    module = module if parameter in ("weight", "in_proj_weight") else site
+    owner, _, child = module.rpartition(".")
+    tail = join(factor, "weight")
+    return PREFIX + join(module, tail), PREFIX + join(owner, "base_layer", child, tail)
 
 
-def in_attention(network: nn.Module, site: str) -> bool:
-    """Tell whether a matrix is the output projection inside an ``nn.MultiheadAttention``."""
+def _in_attention(network: nn.Module, site: str) -> bool:
     module = site.rpartition(".")[0]
     owner, _, child = module.rpartition(".")
     return child == "out_proj" and isinstance(network.get_submodule(owner), nn.MultiheadAttention)
@@ -66,23 +71,15 @@ def config(network: nn.Module, methods: Mapping[str, Method], full: set[str]) ->
     """
     reason = _why_not_peft(network, methods, full)
     common = Counter(methods.values()).most_common(1)[0][0]
-    modules = {site: site.rpartition(".")[0] for site in methods if not in_attention(network, site)}
+    modules = {site: site.rpartition(".")[0] for site in methods}
     whole = _whole_modules(network, full)
-    others = sorted(
-        name
-        for name, _ in network.named_modules()
-        if name not in modules.values() and _ends_with(name, modules.values())
-    )
     biases = {name for name in full if not _inside(name, whole)}
     owners = {name.rpartition(".")[0] for name in biases}
     fields = {
         "peft_type": OWN_TYPE,
-        "target_modules": sorted(set(modules.values())),
-        "exclude_modules": [name for name in others if "adapters" not in name.split(".")] or None,
-        "rank_pattern": {_exactly(modules[s]): m.r for s, m in methods.items() if s in modules and m.r != common.r},
-        "alpha_pattern": {
-            _exactly(modules[s]): m.alpha for s, m in methods.items() if s in modules and m.alpha != common.alpha
-        },
+        "target_modules": _exactly_these(network, set(modules.values())),
+        "rank_pattern": {_exactly(modules[s]): m.r for s, m in methods.items() if m.r != common.r},
+        "alpha_pattern": {_exactly(modules[s]): m.alpha for s, m in methods.items() if m.alpha != common.alpha},
         "modules_to_save": sorted(whole) or None,
         "bias": "none" if not biases else "lora_only" if owners <= set(modules.values()) else "all",
         "base_model_name_or_path": getattr(getattr(network, "config", None), "name_or_path", None) or None,
@@ -93,44 +90,60 @@ def config(network: nn.Module, methods: Mapping[str, Method], full: set[str]) ->
 
 def _why_not_peft(network: nn.Module, methods: Mapping[str, Method], full: set[str]) -> str | None:
     for site, method in methods.items():
+        module, _, parameter = site.rpartition(".")
         if method.peft_config() is None:
             return f"PEFT does not have {type(method).__name__}"
-        module, _, parameter = site.rpartition(".")
-        if parameter == "weight" and not in_attention(network, site):
-            continue
-        attention = module.rpartition(".")[0] if parameter == "weight" else module
-        pair = (join(attention, "in_proj_weight"), join(attention, "out_proj", "weight"))
-        if site not in pair or methods.get(pair[0]) != methods.get(pair[1]):
-            return f"PEFT adapts in_proj_weight and out_proj of {attention} with one rank and alpha, or neither"
+        if not module:
+            return "PEFT adapts layers inside a network, not a network that is one layer"
+        if parameter == "in_proj_weight" or _in_attention(network, site):
+            return f"PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to {_LAST_DOUBLING}): {site}"
+        if parameter != "weight":
+            return f"PEFT has no adapter for {site}"
     whole = _whole_modules(network, full)
     for name in sorted(full):
         if not _inside(name, whole) and name.rpartition(".")[2] != "bias":
             return f"PEFT cannot train {name} in full without the rest of its module"
+    for name in _names(network):
+        meant = next((module for module in whole if name != module and name.endswith(module)), None)
+        if meant is not None:
+            return f"PEFT would train {name} in full as well, because it ends like {meant}"
     return None
 
 
 def _whole_modules(network: nn.Module, full: set[str]) -> list[str]:
-    """Return the outermost modules all of whose parameters are trained in full."""
+    """Return the outermost modules with a forward all of whose parameters are trained in full."""
     whole: list[str] = []
     for name, module in network.named_modules():
         entries = {f"{name}.{entry}" for entry, _ in module.named_parameters()}
-        if name and entries and entries <= full and not _inside(name, whole):
-            only_bias = all(entry.endswith(".bias") for entry in entries)
-            if not only_bias:
-                whole.append(name)
+        if not name or not entries or not entries <= full or _inside(name, whole) or isinstance(module, _CONTAINERS):
+            continue
+        if not all(entry.endswith(".bias") for entry in entries):
+            whole.append(name)
     return whole
+
+
+def _exactly_these(network: nn.Module, modules: set[str]) -> list[str] | str:
+    """Return the modules as a list, or as a regular expression where PEFT would find others by the list.
+
+    It takes an entry of a list for the end of a name as well: ``q`` also means ``x.q``.
+    """
+    if any(name not in modules and name.endswith(f".{module}") for name in _names(network) for module in modules):
+        return "|".join(re.escape(module) for module in sorted(modules))
+    return sorted(modules)
+
+
+def _names(network: nn.Module) -> list[str]:
+    """Return the names of the network's own modules."""
+    added = added_modules(network)
+    return [name for name, module in network.named_modules() if id(module) not in added]
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _ends_with(name: str, modules: Iterable[str]) -> bool:
-    return any(name.endswith(f".{module}") for module in modules)
-
-
 def _exactly(name: str) -> str:
-    return "^" + name.replace(".", r"\.")
+    return "^" + re.escape(name)
 
 
 def read_config(fields: Mapping[str, Any], path: object) -> Method:
@@ -162,40 +175,69 @@ def site_values(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
     """
     method = read_config(fields, path)
     found: dict[str, Method] = {}
-    for name, tensor in tensors.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        key = name.removesuffix(".lora_A.weight")
-        module = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        is_attention = f"{key}.base_layer.out_proj.lora_A.weight" in tensors
-        alpha = _alpha(fields.get("alpha_pattern") or {}, module, method.alpha, path)
+    for key in _adapted(tensors):
+        owner, _, child = key.rpartition(".base_layer.")
+        in_attention = child == "out_proj" and f"{owner}.lora_A.weight" in tensors
+        module = (owner if in_attention else key).removeprefix(PREFIX)
+        site = join(module, "in_proj_weight" if f"{key}.base_layer.out_proj.lora_A.weight" in tensors else "weight")
+        tensor = tensors[f"{key}.lora_A.weight"]
         try:
-            site = method.at(tensor.shape[0], alpha)
-        except ValueError as error:
+            alpha = _alpha(fields.get("alpha_pattern") or {}, module, method.alpha)
+            if in_attention:
+                site = join(module, "out_proj", "weight")
+                alpha *= 2 if _doubles(fields) else 1
+            found[site] = method.at(tensor.shape[0] if tensor.dim() else 0, alpha)
+        except (TypeError, ValueError) as error:
             raise AdapterError(f"{path}: {module}: {error}") from None
-        found[join(module, "in_proj_weight" if is_attention else "weight")] = site
     if not found:
         raise AdapterError(f"{path}: no tensor is called {PREFIX}<module>.lora_A.weight: nothing here is an adapter")
     return found
 
 
+def _adapted(tensors: Iterable[str]) -> list[str]:
+    """Return the adapted modules by the names that PEFT gives them in a file."""
+    return [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+
+
+def _doubles(fields: Mapping[str, Any]) -> bool:
+    """Tell whether the PEFT that wrote a config adds the change of an attention's output projection twice.
+
+    https://github.com/huggingface/peft/pull/3774; older versions than 0.18 do not write their number.
+    """
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version")))
+    return version is None or tuple(map(int, version.groups())) <= tuple(map(int, _LAST_DOUBLING.split(".")))
+
+
 def full_entries(tensors: Iterable[str]) -> dict[str, str]:
     """Return the entries trained in full among a folder's tensors: their name in the network by PEFT's name."""
+    adapted = set(_adapted(tensors))
     return {
-        name: name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        name: _without_base_layers(name, adapted).removeprefix(PREFIX)
         for name in tensors
         if not re.search(r"\.lora_[A-Za-z_]+(\.weight)?$", name)
     }
 
 
-def _alpha(patterns: Mapping[str, Any], module: str, default: float, path: object) -> float:
+def _without_base_layers(name: str, adapted: set[str]) -> str:
+    """Return a name without the level that PEFT puts below adapted modules."""
+    seen, *rest = name.split(".base_layer.")
+    plain = seen
+    for part in rest:
+        plain = f"{plain}.{part}" if seen in adapted else f"{plain}.base_layer.{part}"
+        seen = f"{seen}.base_layer.{part}"
+    return plain
+
+
+def _alpha(patterns: Any, module: str, default: float) -> float:
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern is a {type(patterns).__name__} where an object is expected")
     for pattern, alpha in patterns.items():
         if not _LITERAL_NAME.fullmatch(pattern):
-            raise AdapterError(
-                f"{path}: alpha_pattern key {pattern!r} is a regular expression, and none from a file is run: "
+            raise ValueError(
+                f"alpha_pattern key {pattern!r} is a regular expression, and none from a file is run: "
                 "write module names there"
             )
-        literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        literal = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
         if module == literal or (not pattern.startswith("^") and module.endswith(f".{literal}")):
             return float(alpha)
     return default

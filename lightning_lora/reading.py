@@ -22,7 +22,7 @@ class AdapterFile(NamedTuple):
         root: The network's name in the model that it was trained in; None where another library wrote the folder.
         methods: The method of each site, by the site's name in the network.
         bases: The fingerprint of each site's base weight, None where it is not known.
-        full: Names of the entries that are trained in full.
+        full: The tensor name of each entry that is trained in full, by the entry's name in the network.
         tensors: Everything in the weights file, by PEFT's names.
     """
 
@@ -30,7 +30,7 @@ class AdapterFile(NamedTuple):
     root: str | None
     methods: dict[str, Method]
     bases: dict[str, str | None]
-    full: set[str]
+    full: dict[str, str]
     tensors: dict[str, Tensor]
 
     def factor(self, site: str, name: str) -> str:
@@ -40,26 +40,19 @@ class AdapterFile(NamedTuple):
             site: The site's name in the network.
             name: The adapter's parameter, such as ``lora_A``.
         """
-        module, _, parameter = site.rpartition(".")
-        owner, _, child = (module if parameter in ("weight", "in_proj_weight") else site).rpartition(".")
-        plain = (
-            f"{peft_format.PREFIX}{owner}.{child}.{name}.weight"
-            if owner
-            else f"{peft_format.PREFIX}{child}.{name}.weight"
-        )
-        nested = f"{peft_format.PREFIX}{owner}.base_layer.{child}.{name}.weight"
-        return nested if nested in self.tensors else plain
+        plain, in_attention = peft_format.tensor_names(site, name)
+        return in_attention if plain not in self.tensors and in_attention in self.tensors else plain
 
     def full_values(self) -> dict[str, Tensor]:
         """Return what is trained in full, by its name in the network.
 
         Raises:
-            AdapterError: If it is not what the file says that it holds.
+            AdapterError: If it is not all there.
         """
-        found = {name: self.tensors[key] for key, name in peft_format.full_entries(self.tensors).items()}
-        if set(found) != self.full:
-            raise AdapterError(f"{self.path}: of what is trained in full, it lacks {sorted(self.full - set(found))}")
-        return found
+        absent = [key for key in self.full.values() if key not in self.tensors]
+        if absent:
+            raise AdapterError(f"{self.path}: {absent[0]} is missing")
+        return {name: self.tensors[key] for name, key in self.full.items()}
 
 
 def adapter_folders(path: Path) -> list[Path]:
@@ -92,9 +85,10 @@ def read_adapter(folder: Path) -> AdapterFile:
         if not config.is_file():
             raise AdapterError(f"{folder}: no {CONFIG} beside {WEIGHTS}")
         methods = peft_format.site_values(parse_json(config.read_bytes(), config), tensors, folder)
-        full = set(peft_format.full_entries(tensors).values())
+        full = {name: key for key, name in peft_format.full_entries(tensors).items()}
         return AdapterFile(folder, None, methods, dict.fromkeys(methods), full, tensors)
     check_description(described, folder)
     bases = {name: values.get("base") for name, values in described["sites"].items()}
-    full = set(described["trained_in_full"])
+    adapted = {name.rpartition(".")[0] for name in described["sites"]}
+    full = {name: peft_format.full_name(name, adapted) for name in described["trained_in_full"]}
     return AdapterFile(folder, described["root"], methods_of(described, folder), bases, full, tensors)

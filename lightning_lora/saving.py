@@ -38,8 +38,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "de
     Raises:
         ValueError: If the model has no such task.
         RuntimeError: If the adapters are merged.
+        FileExistsError: If the folder holds files that are no adapter's, which would be lost.
     """
     check_not_merged(model, "save")
+    for _, _, files in os.walk(path):
+        others = [file for file in files if file not in (WEIGHTS, CONFIG, OUTSIDE)]
+        if others:
+            raise FileExistsError(f"{path} holds other files, such as {others[0]}: give the adapter its own folder")
     ours = own_entries(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
     write_folder(path, folder_contents(model, state, task))

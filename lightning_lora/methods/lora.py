@@ -26,6 +26,22 @@ from torch import Tensor, nn
 from lightning_lora.adapter import Adapter, Role
 from lightning_lora.method import Method
 
+_OTHER_COMPUTATIONS = (  # options of PEFT's LoraConfig that make it something else than W + scale * B @ A
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
@@ -83,9 +99,15 @@ class LoRA(Method):
         """
         if config.get("peft_type") != "LORA":
             return None
-        for option in ("use_dora", "use_qalora", "alora_invocation_tokens", "fan_in_fan_out", "lora_bias"):
+        for option in _OTHER_COMPUTATIONS:
             if config.get(option):
                 raise ValueError(f"{option}={config[option]!r} is not supported")
+        init = config.get("init_lora_weights", True)
+        if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
+            raise ValueError(
+                f"init_lora_weights={init!r} changed the base's weights too: convert it to plain LoRA with PEFT's "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
         return cls(
             r=config.get("r", 8),
             alpha=config.get("lora_alpha", 8),
