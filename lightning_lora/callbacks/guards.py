@@ -70,12 +70,15 @@ class Audit:
             return
         modules = {_module_of(self._factors[name]) for name in silent}
         used = {_module_of(self._factors[name]) for name in self._reached} - modules
+        leave_out = (
+            "Either the forward does not call these layers as modules (a teacher, a layer whose weight is read "
+            f"directly): leave them out with exclude_modules={_outermost(modules, used)}. Or something"
+        )
         raise RuntimeError(
             f"{len(silent)} of {len(self._factors)} adapter parameters got no gradient in the first batch: "
-            f"{_some(silent)}. Either the forward does not call these layers as modules (a teacher, a layer whose "
-            f"weight is read directly): leave them out with exclude_modules={_outermost(modules, used)}. Or something "
-            "cuts the gradient, as reentrant checkpointing of a frozen input does: pass use_reentrant=False. Or later "
-            "batches use them, or the module averages them from others: set LoRACallback(audit=False)"
+            f"{_some(silent)}. {leave_out if used else 'Something'} cuts the gradient, as reentrant checkpointing of "
+            "a frozen input does: pass use_reentrant=False. Or later batches use them, or the module averages them "
+            "from others: set LoRACallback(audit=False)"
         )
 
     def _check_weights(self) -> None:
