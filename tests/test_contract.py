@@ -1,0 +1,505 @@
+"""What every method promises on every kind of layer.
+
+A new method is tested here as soon as its file exists, a new kind of layer once it has a line in ``KINDS``.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    LoRA,
+    Method,
+    inject,
+    known_methods,
+    load_adapter,
+    merge_,
+    merged,
+    remove,
+    save_adapter,
+    sites,
+    use,
+    using,
+)
+from lightning_lora.adapter import Adapter
+
+NESTED_TENSORS_ARE_A_PROTOTYPE = "ignore:The PyTorch API of nested tensors:UserWarning"
+pytestmark = pytest.mark.filterwarnings(NESTED_TENSORS_ARE_A_PROTOTYPE)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+
+
+def encoder_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+
+PADDED = torch.tensor([[False, False, False, False], [False, False, True, True]])
+
+
+class Kind(NamedTuple):
+    layer: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Tensor]]
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Kind(lambda: nn.Linear(6, 5), lambda: {"input": draw(2, 4, 6)}),
+    "linear without bias": Kind(lambda: nn.Linear(6, 5, bias=False), lambda: {"input": draw(4, 6)}),
+    "attention": Kind(
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        lambda: {"query": draw(2, 4, 8), "key": draw(2, 4, 8), "value": draw(2, 4, 8)},
+    ),
+    "attention without bias, sequence first": Kind(
+        lambda: nn.MultiheadAttention(8, 2, bias=False),
+        lambda: {"query": draw(3, 2, 8), "key": draw(4, 2, 8), "value": draw(4, 2, 8)},
+    ),
+    "attention with other key and value sizes": Kind(
+        lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True),
+        lambda: {"query": draw(2, 3, 8), "key": draw(2, 4, 6), "value": draw(2, 4, 4)},
+    ),
+    "attention with other sizes, without bias, sequence first": Kind(
+        lambda: nn.MultiheadAttention(8, 2, bias=False, kdim=6, vdim=4),
+        lambda: {"query": draw(3, 2, 8), "key": draw(4, 2, 6), "value": draw(4, 2, 4)},
+    ),
+    "encoder layer": Kind(encoder_layer, lambda: {"src": draw(2, 4, 8)}),
+    "encoder layer with padding": Kind(
+        encoder_layer, lambda: {"src": draw(2, 4, 8), "src_key_padding_mask": PADDED.clone()}
+    ),
+    "encoder layer, normalized first, without bias": Kind(
+        lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, norm_first=True, bias=False),
+        lambda: {"src": draw(4, 2, 8)},
+    ),
+    "encoder": Kind(lambda: nn.TransformerEncoder(encoder_layer(), 2), lambda: {"src": draw(2, 4, 8)}),
+    "encoder with nested tensors": Kind(
+        lambda: nn.TransformerEncoder(encoder_layer(), 2),
+        lambda: {"src": draw(2, 4, 8), "src_key_padding_mask": PADDED.clone()},
+    ),
+    "decoder layer": Kind(
+        lambda: nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True),
+        lambda: {"tgt": draw(2, 3, 8), "memory": draw(2, 4, 8)},
+    ),
+}
+METHODS: dict[str, Method] = {
+    name: cls().at(2, 3.0)
+    for name, cls in known_methods().items()
+    if cls.__module__.startswith("lightning_lora.methods.")
+}
+MODES = ["training", "evaluation with gradients", "inference"]
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        output = self.layer(**inputs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def base(kind: str, dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net(KINDS[kind].layer()).to(dtype)
+
+
+def frozen(kind: str, dtype: torch.dtype = torch.float64) -> Net:
+    """The base, frozen: PyTorch rounds some matrix products otherwise where a weight requires a gradient."""
+    return base(kind, dtype).requires_grad_(False)
+
+
+def adapted(kind: str, method: Method, dtype: torch.dtype = torch.float64, start: bool = False) -> Net:
+    """The base with adapters that change it, or at their start."""
+    model = base(kind, dtype)
+    inject(model, method, seed=1)
+    if not start:
+        change(model)
+    return model
+
+
+def change(model: nn.Module, seed: int = 2) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def set_adapted_weights(plain: nn.Module, model: nn.Module, *tasks: str) -> None:
+    """Give a plain copy of the base the weights that the adapters stand for."""
+    for site in sites(model):
+        weight = getattr(site.module, site.parameter)
+        for task in tasks or ("default",):
+            weight = site.adapter(task).adapted(weight)
+        plain.get_parameter(site.name).copy_(weight)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        if isinstance(module, Adapter)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def run(model: nn.Module, kind: str, mode: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The outputs; what lies behind the end of a sequence means nothing, and PyTorch's paths differ in it."""
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in KINDS[kind].inputs().items()}
+    model.train(mode == "training")
+    with torch.no_grad() if mode == "inference" else nullcontext():
+        outputs: Tensor = model(**inputs)
+    padded = inputs.get("src_key_padding_mask")
+    return outputs if padded is None else outputs.masked_fill(padded[..., None], 0.0)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+@every_kind
+@every_method
+@every_mode
+def test_adapted_model_starts_as_its_base_bit_for_bit(kind: str, method: Method, mode: str) -> None:
+    model = adapted(kind, method, torch.float32, start=True)
+    plain = frozen(kind, torch.float32) if mode == "inference" else base(kind, torch.float32)
+    assert torch.equal(run(model, kind, mode, torch.float32), run(plain, kind, mode, torch.float32))
+
+
+@every_kind
+@every_method
+@pytest.mark.parametrize("mode", ["training", "evaluation with gradients"])
+def test_every_trainable_adapter_parameter_gets_a_gradient_and_nothing_else_does(
+    kind: str, method: Method, mode: str
+) -> None:
+    model = adapted(kind, method)
+    run(model, kind, mode).square().sum().backward()
+    ours = adapter_parameters(model)
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
+    assert reached == {name for name, parameter in ours.items() if parameter.requires_grad}
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in reached)
+    assert {name.rpartition(".")[0] for name in reached} == {name.rpartition(".")[0] for name in ours}
+
+
+@every_kind
+@every_method
+@every_mode
+def test_forward_is_that_of_a_plain_model_with_the_adapted_weights(kind: str, method: Method, mode: str) -> None:
+    model, plain = adapted(kind, method), base(kind)
+    set_adapted_weights(plain, model)
+    outputs = run(model, kind, mode)
+    assert close(outputs, run(plain, kind, mode))
+    assert not close(outputs, run(base(kind), kind, mode))
+
+
+@every_kind
+@every_method
+@pytest.mark.parametrize("mode", ["evaluation with gradients", "inference"])
+def test_merged_computes_the_same_and_restores_every_weight_bit_for_bit(kind: str, method: Method, mode: str) -> None:
+    model = adapted(kind, method)
+    before, outputs = state(model), run(model, kind, mode)
+    with merged(model):
+        assert close(run(model, kind, mode), outputs)
+        assert not same(state(model), before)
+    assert same(state(model), before)
+    assert torch.equal(run(model, kind, mode), outputs)
+
+
+@every_kind
+@every_method
+def test_merged_restores_every_weight_after_an_exception(kind: str, method: Method) -> None:
+    model = adapted(kind, method, torch.float32)
+    before, outputs = state(model), run(model, kind, "inference", torch.float32)
+    with pytest.raises(KeyboardInterrupt), merged(model):
+        raise KeyboardInterrupt
+    assert same(state(model), before)
+    assert torch.equal(run(model, kind, "inference", torch.float32), outputs)
+
+
+@every_kind
+@every_method
+def test_training_while_merged_is_refused(kind: str, method: Method) -> None:
+    model = adapted(kind, method)
+    with merged(model), pytest.raises(RuntimeError, match="training while the adapters are merged"):
+        run(model, kind, "training")
+    run(model, kind, "training")
+
+
+@every_kind
+@every_method
+@every_mode
+def test_merge_leaves_a_plain_model_that_computes_the_same(kind: str, method: Method, mode: str) -> None:
+    model, plain = adapted(kind, method), base(kind)
+    outputs = run(model, kind, mode)
+    assert merge_(model) is model
+    assert shape_of(model) == shape_of(plain)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert close(run(model, kind, mode), outputs)
+
+
+def shape_of(model: nn.Module) -> dict[str, tuple[type, list[str], list[str]]]:
+    return {
+        name: (type(module), sorted(module.__dict__), list(module._modules)) for name, module in model.named_modules()
+    }
+
+
+@every_kind
+@every_method
+def test_remove_leaves_no_trace(kind: str, method: Method) -> None:
+    model, plain = adapted(kind, method), base(kind)
+    run(model, kind, "training")
+    run(model, kind, "inference")
+    remove(model)
+    assert shape_of(model) == shape_of(plain)
+    assert same(state(model), state(plain))
+    assert torch.equal(run(model, kind, "inference"), run(frozen(kind), kind, "inference"))
+
+
+@every_kind
+@every_method
+@pytest.mark.parametrize("bare", [False, True], ids=["inside a model", "as the model"])
+def test_a_saved_adapter_gives_a_fresh_base_the_same_outputs(
+    kind: str, method: Method, bare: bool, tmp_path: object
+) -> None:
+    model, fresh = adapted(kind, method, torch.float32), base(kind, torch.float32)
+    save_adapter(model.layer if bare else model, f"{tmp_path}/adapter")
+    load_adapter(fresh.layer if bare else fresh, f"{tmp_path}/adapter")
+    for mode in MODES:
+        assert torch.equal(run(fresh, kind, mode, torch.float32), run(model, kind, mode, torch.float32))
+    assert same(state(fresh), state(model))
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_by_torch(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every_kind
+@every_method
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved_by_torch])
+def test_copies_work_and_are_independent(
+    kind: str, method: Method, duplicate: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = adapted(kind, method)
+    twin = duplicate(model)
+    outputs = run(model, kind, "training")
+    assert {name: type(module) for name, module in twin.named_modules()} == {
+        name: type(module) for name, module in model.named_modules()
+    }
+    for mode in MODES:
+        assert torch.equal(run(twin, kind, mode), run(model, kind, mode))
+    change(twin, seed=3)
+    assert not torch.equal(run(twin, kind, "training"), outputs)
+    assert torch.equal(run(model, kind, "training"), outputs)
+    remove(twin)
+    assert torch.equal(run(twin, kind, "inference"), run(frozen(kind), kind, "inference"))
+    assert torch.equal(run(model, kind, "training"), outputs)
+
+
+def compile_cases() -> list[tuple[str, str]]:
+    """Every kind with LoRA, every other method on one layer of each way to add adapters: both halves are covered."""
+    return [
+        (kind, method) for method in METHODS for kind in KINDS if method == "LoRA" or kind in ("linear", "attention")
+    ]
+
+
+@pytest.mark.parametrize(("kind", "method"), compile_cases())
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_compiles_into_one_graph_that_computes_the_same(kind: str, method: str, mode: str) -> None:
+    model = adapted(kind, METHODS[method])
+    expected = run(model, kind, mode)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = run(compiled, kind, mode)
+    assert close(outputs, expected)
+    if mode == "training":
+        expected.square().sum().backward()
+        gradients = {name: p.grad for name, p in adapter_parameters(model).items()}
+        model.zero_grad()
+        outputs.square().sum().backward()
+        assert all(close(p.grad, gradients[name]) for name, p in adapter_parameters(model).items() if p.requires_grad)
+
+
+@every_kind
+@every_method
+def test_trains_under_autocast_with_full_precision_gradients(kind: str, method: Method) -> None:
+    model = adapted(kind, method, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = run(model, kind, "training", torch.float32)
+    outputs.float().square().sum().backward()
+    expected = run(base(kind, torch.float32), kind, "training", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outputs.dtype == run(base(kind, torch.float32), kind, "training", torch.float32).dtype
+    assert outputs.shape == expected.shape
+    assert {p.grad.dtype for p in adapter_parameters(model).values() if p.requires_grad} == {torch.float32}
+    full = run(adapted(kind, method, torch.float32), kind, "training", torch.float32)
+    assert torch.allclose(outputs.float(), full, rtol=0.05, atol=0.05)
+
+
+@every_kind
+@every_method
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bf16_base_with_fp32_adapters_computes_in_bf16(kind: str, method: Method, mode: str) -> None:
+    model = adapted(kind, method, torch.bfloat16)
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+    outputs = run(model, kind, mode, torch.bfloat16)
+    assert outputs.dtype == torch.bfloat16
+    assert torch.allclose(outputs.double(), run(adapted(kind, method), kind, mode), rtol=0.1, atol=0.1)
+    if mode != "inference":
+        outputs.float().square().sum().backward()
+        assert {p.grad.dtype for p in adapter_parameters(model).values() if p.requires_grad} == {torch.float32}
+
+
+@every_kind
+@every_method
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_moving_the_model_to_another_dtype_never_narrows_its_adapters(
+    kind: str, method: Method, narrow: torch.dtype
+) -> None:
+    model = adapted(kind, method, torch.float32)
+    before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    model.to(narrow)
+    assert {p.dtype for name, p in model.named_parameters() if name not in before} == {narrow}
+    assert same({name: p.detach() for name, p in adapter_parameters(model).items()}, before)
+    model.double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert same({name: p.detach().float() for name, p in adapter_parameters(model).items()}, before)
+
+
+@every_kind
+@every_method
+def test_adapters_made_on_the_meta_device_start_as_those_made_on_the_cpu(kind: str, method: Method) -> None:
+    with torch.device("meta"):
+        model = Net(KINDS[kind].layer())
+    inject(model, method, seed=1)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    expected = adapted(kind, method, torch.float32, start=True)
+    model.load_state_dict(base(kind, torch.float32).state_dict(), strict=False)
+    assert same(state(model), state(expected))
+    assert torch.equal(run(model, kind, "training", torch.float32), run(expected, kind, "training", torch.float32))
+
+
+@every_kind
+@every_method
+def test_the_base_stays_what_it_was(kind: str, method: Method) -> None:
+    model, plain = base(kind), base(kind)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    calls: list[nn.Module] = []
+    for module in modules.values():
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    run(model, kind, "training")
+    expected, calls[:] = [id(module) for module in calls], []
+    inject(model, method, seed=1)
+    change(model)
+    run(model, kind, "training")
+    assert [id(module) for module in calls] == expected
+    assert all(model.get_submodule(name) is module for name, module in modules.items())
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+    assert all(isinstance(model.get_submodule(name), type(module)) for name, module in plain.named_modules())
+    keys = [name for name in model.state_dict() if name not in adapter_parameters(model)]
+    assert keys == list(plain.state_dict())
+    assert same({name: model.state_dict()[name] for name in keys}, state(plain))
+    loaded = model.load_state_dict({name: tensor + 1 for name, tensor in plain.state_dict().items()}, strict=False)
+    assert not loaded.unexpected_keys
+    assert set(loaded.missing_keys) == set(adapter_parameters(model))
+    assert same({name: model.state_dict()[name] - 1 for name in keys}, {n: t + 1 - 1 for n, t in state(plain).items()})
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["encoder layer", "encoder layer with padding", "encoder with nested tensors"])
+def test_inference_still_takes_pytorchs_fused_path(kind: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, calls = torch._transformer_encoder_layer_fwd, []
+    monkeypatch.setattr(
+        torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(args[0].is_nested) or fused(*args)
+    )
+    model = adapted(kind, method)
+    run(model, kind, "training")
+    run(model, kind, "evaluation with gradients")
+    assert calls == []
+    run(model, kind, "inference")
+    assert calls == ([True, True] if kind == "encoder with nested tensors" else [False])
+
+
+@every_method
+@every_mode
+@pytest.mark.parametrize("kind", ["encoder", "encoder with nested tensors"])
+@pytest.mark.parametrize(
+    "target", ["layers.0.linear2", "layers.1.linear1", "layers.0.self_attn", "layers.1.self_attn.out_proj"]
+)
+def test_an_encoder_with_one_adapted_matrix_computes_with_it(kind: str, method: Method, mode: str, target: str) -> None:
+    model, plain = base(kind), frozen(kind)
+    inject(model, method, [target])
+    change(model)
+    set_adapted_weights(plain, model)
+    assert close(run(model, kind, mode), run(plain, kind, mode))
+    remove(model)
+    assert shape_of(model) == shape_of(plain)
+
+
+@every_method
+def test_attention_needs_no_out_projection_adapter_to_read_its_own(method: Method) -> None:
+    kind = "attention"
+    model, plain = base(kind), frozen(kind)
+    assert [site.parameter for site in inject(model, method, ["in_proj_weight"])] == ["in_proj_weight"]
+    change(model)
+    set_adapted_weights(plain, model)
+    assert close(run(model, kind, "training"), run(plain, kind, "training"))
+
+
+def test_a_subclass_with_other_layers_in_a_known_ones_places_is_left_alone() -> None:
+    class Own(nn.TransformerEncoderLayer):
+        def __init__(self) -> None:
+            super().__init__(8, 2, 12)
+            self.self_attn = nn.Linear(8, 8)
+            self.linear1 = None
+            del self.linear2
+
+        def forward(self, src: Tensor) -> Tensor:
+            return self.self_attn(src)
+
+    model = Own()
+    assert [site.name for site in inject(model, LoRA())] == ["self_attn.weight"]
+    assert type(model) is Own
+    model(torch.zeros(2, 3, 8))
+
+
+@every_kind
+@every_method
+def test_adapters_of_two_tasks_add_up(kind: str, method: Method) -> None:
+    model, plain = adapted(kind, method), base(kind)
+    inject(model, method, task="second", seed=5)
+    change(model, seed=4)
+    use(model, "default", "second")
+    set_adapted_weights(plain, model, "default", "second")
+    for mode in MODES:
+        assert close(run(model, kind, mode), run(plain, kind, mode))
+        with using(model):
+            assert close(run(model, kind, mode), run(base(kind), kind, mode))
