@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +23,8 @@ from lightning_lora.files import SECTION, AdapterError, write_file, write_folder
 from lightning_lora.loading import adopt, check_same
 from lightning_lora.merge import check_not_merged, merge_
 from lightning_lora.saving import folder_contents
-from lightning_lora.sites import sites
-from lightning_lora.state import base_entries, own_entries, trained_in_full
+from lightning_lora.sites import clean, named_submodules, sites
+from lightning_lora.state import base_entries, mark_trained_in_full, own_entries, trained_in_full
 
 MARKER = "only adapters are in this file, read it with lightning_lora.load_from_checkpoint or with LoRACallback"
 TASK = "default"
@@ -72,15 +74,18 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         check_not_merged(self.module, "save a checkpoint")
         ours = own_entries(self.module)
         own_state = {name: tensor for name, tensor in state.items() if name in ours}
-        slim: dict[str, Any] = _without(checkpoint, base_entries(self.module))
+        slim = _without(checkpoint, {name: _shape(value) for name, value in state.items() if name not in ours})
         slim["state_dict"] = {**own_state, MARKER: torch.empty(0)}
         slim[SECTION] = describe(sites(self.module, TASK), TASK, "", trained_in_full(self.module))
-        super().save_checkpoint(slim, path, storage_options)
         if is_remote(path):
+            super().save_checkpoint(slim, path, storage_options)
             rank_zero_warn(
                 f"{path} is not a local file: its adapter folder is not written; use save_adapter for a copy"
             )
         else:
+            if os.path.islink(path):  # what `save_last="link"` left: the checkpoint that it points to stays as it is
+                os.unlink(path)
+            super().save_checkpoint(slim, path, storage_options)
             write_folder(adapter_folder(path), folder_contents(self.module, own_state, TASK))
 
     @override
@@ -98,21 +103,72 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
                 "builds its base, and start without ckpt_path"
             )
         check_same(self.module, section, path, allow_base_mismatch=self.allow_base_mismatch)
-        checkpoint["state_dict"].pop(MARKER, None)
+        checkpoint["state_dict"] = own_state(self.module, checkpoint["state_dict"], path)
         return checkpoint
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint and its adapter folder."""
-        super().remove_checkpoint(path)
-        if not is_remote(path):
-            shutil.rmtree(adapter_folder(path), ignore_errors=True)
+        """Remove a checkpoint and its adapter folder; one that is still being written goes when it is there."""
+        folder = adapter_folder(path)
+        if not os.path.islink(path) and not is_remote(path):
+            shutil.rmtree(folder, ignore_errors=True)
+        executor = self._executor()
+        if executor is None:
+            super().remove_checkpoint(path)
+        else:
+            executor.submit(super().remove_checkpoint, path)
 
     @override
     def teardown(self) -> None:
         """Let the inner writer finish; Lightning's wrapper does not pass this on."""
         if self.checkpoint_io is not None:
             self.checkpoint_io.teardown()
+
+    def _executor(self) -> Executor | None:
+        """Return the thread in which an asynchronous writer inside writes, one file after the other."""
+        inner: Any = self.checkpoint_io
+        while inner is not None:
+            executor = getattr(inner, "_executor", None)
+            if executor is not None:
+                return executor  # type: ignore[no-any-return]
+            inner = getattr(inner, "_checkpoint_io", None)
+        return None
+
+
+def own_state(module: nn.Module, state: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
+    """Return a checkpoint's entries under the names that they have in a module, which has to want exactly these.
+
+    Names differ where only one of the two was compiled. Buffers that turned out to change during training are noted
+    as trained, as they were in the run that wrote them.
+
+    Args:
+        module: The adapted module.
+        state: The checkpoint's state dict.
+        path: For the message.
+
+    Raises:
+        AdapterError: If an entry is missing, or is one that the module does not train.
+    """
+    modules = named_submodules(module)
+    found = {clean(name): value for name, value in state.items() if name != MARKER}
+    trained = {clean(name) for name in own_entries(module)}
+    buffers = {name for name in found.keys() - trained if _is_buffer(modules, name)}
+    missing, extra = sorted(trained - found.keys()), sorted(found.keys() - trained - buffers)
+    if missing:
+        raise AdapterError(f"{path}: {some(missing)} is missing, which this run trains: modules_to_save or bias differ")
+    if extra:
+        raise AdapterError(
+            f"{path}: it holds {some(extra)}, which this run does not train: give modules_to_save and bias as they were"
+        )
+    for name in buffers:
+        owner, _, entry = name.rpartition(".")
+        mark_trained_in_full(modules[owner], [entry])
+    return {name: found[clean(name)] for name in own_entries(module)}
+
+
+def _is_buffer(modules: Mapping[str, nn.Module], name: str) -> bool:
+    owner, _, entry = name.rpartition(".")
+    return owner in modules and entry in modules[owner]._buffers
 
 
 def adapter_folder(path: str | os.PathLike[str]) -> Path:
@@ -180,7 +236,7 @@ def load_from_checkpoint(
             f"{checkpoint_path} was not written with LoRACallback: use {cls.__name__}.load_from_checkpoint instead"
         )
     adopt(model, checkpoint[SECTION], checkpoint_path, allow_base_mismatch=allow_base_mismatch)
-    state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name != MARKER}
+    state = own_state(model, checkpoint["state_dict"], checkpoint_path)
     hook = model.register_load_state_dict_post_hook(tolerate_missing_base)  # type: ignore[no-untyped-call]
     try:
         model.load_state_dict(state)
@@ -201,10 +257,25 @@ def _atomic(checkpoint_io: Any) -> Any:
     return checkpoint_io
 
 
-def _without(value: Any, names: set[str]) -> Any:
-    """Return a copy of nested dictionaries without the base's tensors, wherever a callback put them."""
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: _without(inner, names) for key, inner in value.items() if not (key in names and isinstance(inner, Tensor))
-    }
+def _without(value: Any, base: Mapping[str, Any]) -> Any:
+    """Return a copy of nested containers without the base's tensors, wherever a callback put them.
+
+    Args:
+        value: A checkpoint, or a part of it.
+        base: Shapes by name; copies of a module may have longer names.
+    """
+    if isinstance(value, dict):
+        kept = {
+            key: _without(inner, base)
+            for key, inner in value.items()
+            if not (isinstance(inner, Tensor) and any(base.get(end) == inner.shape for end in _ends(str(key))))
+        }
+        same = len(kept) == len(value) and all(kept[key] is value[key] for key in kept)
+        return value if same else kept
+    if type(value) in (list, tuple):
+        return type(value)(_without(inner, base) for inner in value)
+    return value
+
+
+def _shape(value: Any) -> Any:
+    return value.shape if isinstance(value, Tensor) else None

@@ -102,9 +102,9 @@ def insert(
     """
     _check_shapes(model)
     new = [(one, method) for one, method in targets if not _has_already(one, method, task)]
-    for one, method in new:
+    for one, _ in new:
         _check_layer(one)
-        _check_method(model, method, task)
+    _check_one_method(model, [method for _, method in new], task)
     seed = torch.initial_seed() if seed is None else seed
     if new:
         _freeze(model)
@@ -180,14 +180,15 @@ def _has_already(one: Candidate, method: Method, task: str) -> bool:
     return True
 
 
-def _check_method(model: nn.Module, method: Method, task: str) -> None:
+def _check_one_method(model: nn.Module, methods: Sequence[Method], task: str) -> None:
     """Refuse a second method in one task; ranks and alphas may differ from site to site."""
-    present = next((site.adapter(task).method for site in sites(model, task)), method)
-    if present.at(method.r, method.alpha) != method:
-        raise ValueError(
-            f"the adapter {task!r} is already there with {present}, not {method}, and a task has one method: "
-            f"call remove(model, {task!r}) first, or give another task name"
-        )
+    present = [site.adapter(task).method for site in sites(model, task)][:1]
+    for method in methods:
+        if present and present[0].at(method.r, method.alpha) != method:
+            raise ValueError(
+                f"the adapter {task!r} is already there with {present[0]}, not {method}, and a task has one method: "
+                f"call remove(model, {task!r}) first, or give another task name"
+            )
 
 
 def _check_layer(one: Candidate) -> None:

@@ -53,7 +53,12 @@ def own_entries(model: nn.Module) -> set[str]:
         if id(module) in added
         for name in (*module._parameters, *_buffers(module))
     }
-    return adapters | _trained_in_full(model) | set(_buffers(model))
+    extra = {
+        join(prefix, "_extra_state")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+    return adapters | _trained_in_full(model) | set(_buffers(model)) | extra
 
 
 def trained_in_full(model: nn.Module) -> set[str]:

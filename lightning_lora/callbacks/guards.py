@@ -106,7 +106,7 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
-            (module, name, buffer.detach().clone())
+            (module, name, buffer, buffer._version)  # torch counts in-place changes, so no copy is needed
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set
@@ -114,9 +114,9 @@ class Buffers:
 
     def mark_changed(self) -> None:
         """Note those that changed as trained in full."""
-        for module, name, before in self._before:
+        for module, name, before, version in self._before:
             now = module._buffers.get(name)
-            if now is not None and not torch.equal(now, before):
+            if now is not None and (now is not before or now._version != version):
                 mark_trained_in_full(module, [name])
 
 
