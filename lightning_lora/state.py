@@ -43,8 +43,8 @@ def unmark(model: nn.Module) -> None:
 def own_entries(model: nn.Module) -> set[str]:
     """Return the state-dict keys of the adapters and of everything else that training changes.
 
-    These are all parameters and buffers of adapters, what is trained in full, and the buffers that the model keeps on
-    itself.
+    These are all parameters and buffers of adapters, what is trained in full, the buffers that the model keeps on
+    itself, and what modules add by ``get_extra_state``.
     """
     added = added_modules(model)
     adapters = {
