@@ -194,6 +194,28 @@ def check_present(model: nn.Module, found: list[Site]) -> None:
         )
 
 
+def check_strategy(strategy: object) -> None:
+    """Refuse strategies with which adapters could not be saved, or would be missing after the run.
+
+    Args:
+        strategy: The Trainer's; told by class names, because two packages have classes of these names.
+
+    Raises:
+        ValueError: If it shards the model, or trains in processes that this one starts and forgets.
+    """
+    kinds = {cls.__name__ for cls in type(strategy).__mro__}
+    if kinds & {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}:
+        raise ValueError(
+            f"strategy={type(strategy).__name__}: checkpoints of adapters over a sharded base are not supported yet; "
+            "use strategy='ddp'"
+        )
+    if "_MultiProcessingLauncher" in {cls.__name__ for cls in type(getattr(strategy, "launcher", None)).__mro__}:
+        raise ValueError(
+            f"strategy={type(strategy).__name__} trains in spawned or forked processes, and the adapters would stay "
+            "there: use strategy='ddp'"
+        )
+
+
 def _sample(weight: Tensor) -> Tensor:
     """Return a copy of some values of a weight; none of one that is sharded or packed."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:

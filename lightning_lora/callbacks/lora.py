@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_lora.adapter import Role
 from lightning_lora.callbacks.averaging import averaging_callbacks, check_norms, check_order, leave_frozen_weights
-from lightning_lora.callbacks.guards import Audit, check_present, frozen_norms, hold_still
+from lightning_lora.callbacks.guards import Audit, check_present, check_strategy, frozen_norms, hold_still
 from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.inject import Bias, inject
 from lightning_lora.merge import check_not_merged
@@ -84,11 +84,14 @@ class LoRACallback(Callback):
         self._undo: list[Callable[[], None]] = []
         self._audit: Audit | None = None
         self._found: list[Site] = []
+        self._adapted_before = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for the module to be whole: its own ``setup`` and ``configure_model`` come after this hook."""
         self._undo_all()
+        check_strategy(trainer.strategy)
+        self._adapted_before = bool(sites(pl_module))
         self._wrap(pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, stage, build))
         if stage == "fit":
             check_order(trainer, self)
@@ -107,6 +110,11 @@ class LoRACallback(Callback):
         build()
         trainer.precision_plugin.convert_module(pl_module)  # plugins that replace layers would replace adapted ones
         known = len(sites(pl_module))
+        if self._adapted_before and not known:
+            rank_zero_warn(
+                f"{type(pl_module).__name__} built its layers anew, so what was trained in it is gone and its adapters "
+                "are fresh: pass ckpt_path, or let it build only what is not there yet"
+            )
         seed = os.environ.get("PL_GLOBAL_SEED")  # the same on every rank, which PyTorch's own seed need not be
         self._found = inject(
             pl_module,
