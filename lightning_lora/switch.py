@@ -26,7 +26,7 @@ def use(model: nn.Module, *tasks: str) -> None:
         if task not in known:
             raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")
     for slot in slots:
-        slot.active = tasks
+        slot.active = tuple(dict.fromkeys(tasks))
 
 
 @contextmanager

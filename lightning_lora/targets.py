@@ -194,6 +194,8 @@ def _listed(model: nn.Module, available: list[Candidate], patterns: Sequence[str
 
 
 def _why_no_match(model: nn.Module, available: list[Candidate], pattern: str) -> str:
+    if pattern == ALL_LINEAR:
+        return f"{ALL_LINEAR!r} stands alone, not in a list: write target_modules={ALL_LINEAR!r}"
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or not matches(pattern, clean(name)):
             continue
@@ -289,12 +291,14 @@ def _unmatched(model: nn.Module, pattern: str, option: str) -> str:
 
 
 def _nearest(pattern: str, available: Iterable[Candidate]) -> str:
-    return _suggest(pattern, [clean(name) for one in available for name in sorted(one.names)])
+    names = [name for one in available for name in sorted(one.names)]
+    return _suggest(pattern, [name for name in names if name.rpartition(".")[2] not in ("", "weight")])
 
 
 def _suggest(pattern: str, names: list[str]) -> str:
-    leaves = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
-    close = get_close_matches(pattern, leaves, n=3, cutoff=0.5)
+    lasts = (name.rpartition(".")[2] for name in names)
+    known = list(dict.fromkeys([*(last for last in lasts if not last.isdigit()), *names]))
+    close = get_close_matches(pattern, known, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
-    return f"Names that exist: {', '.join(list(leaves)[:8])}" + (", ..." if len(leaves) > 8 else "")
+    return f"Names that exist: {', '.join(known[:8])}" + (", ..." if len(known) > 8 else "")
