@@ -122,6 +122,19 @@ def test_it_injects_once_whatever_runs_first_and_after(style: Any, first: str, t
     assert moved(module)
 
 
+def test_a_module_that_builds_its_layers_anew_for_every_stage_is_told_that_its_training_is_gone(trainer: Any) -> None:
+    class Forgets(InSetup):
+        def setup(self, stage: str) -> None:
+            self.net = self.build()
+
+    module, run = Forgets(), trainer(callbacks=[callback()])
+    run.fit(module, loader())
+    assert moved(module)
+    with pytest.warns(UserWarning, match=r"Forgets built its layers anew, .* its adapters are fresh: pass ckpt_path"):
+        run.test(module, loader(), verbose=False)
+    assert not moved(module)
+
+
 def test_one_trainer_fits_and_tests_again_with_what_it_has_trained(trainer: Any) -> None:
     module, run = Lit(), trainer(callbacks=[callback()], max_epochs=1)
     run.fit(module, loader())
