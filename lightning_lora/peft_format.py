@@ -208,6 +208,12 @@ def _doubles(fields: Mapping[str, Any]) -> bool:
     return version is None or tuple(map(int, version.groups())) <= tuple(map(int, _LAST_DOUBLING.split(".")))
 
 
+def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a folder's tensors without the copies that PEFT writes of a bias in a module that is trained in full."""
+    plain = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if plain[name] == name or plain[name] not in tensors}
+
+
 def full_entries(tensors: Iterable[str]) -> dict[str, str]:
     """Return the entries trained in full among a folder's tensors: their name in the network by PEFT's name."""
     adapted = set(_adapted(tensors))

@@ -84,6 +84,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         config = folder / CONFIG
         if not config.is_file():
             raise AdapterError(f"{folder}: no {CONFIG} beside {WEIGHTS}")
+        tensors = peft_format.without_copies(tensors)
         methods = peft_format.site_values(parse_json(config.read_bytes(), config), tensors, folder)
         full = {name: key for key, name in peft_format.full_entries(tensors).items()}
         return AdapterFile(folder, None, methods, dict.fromkeys(methods), full, tensors)
