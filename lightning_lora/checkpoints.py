@@ -235,7 +235,12 @@ def load_from_checkpoint(
         raise AdapterError(
             f"{checkpoint_path} was not written with LoRACallback: use {cls.__name__}.load_from_checkpoint instead"
         )
-    adopt(model, checkpoint[SECTION], checkpoint_path, allow_base_mismatch=allow_base_mismatch)
+    try:
+        adopt(model, checkpoint[SECTION], checkpoint_path, allow_base_mismatch=allow_base_mismatch)
+    except AdapterError as error:
+        own_setup = cls.setup.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
+        hint = "; if it builds its layers in setup, pass setup_stage='predict'" if own_setup and not setup_stage else ""
+        raise AdapterError(f"{error}{hint}") from None
     state = own_state(model, checkpoint["state_dict"], checkpoint_path)
     hook = model.register_load_state_dict_post_hook(tolerate_missing_base)  # type: ignore[no-untyped-call]
     try:

@@ -32,10 +32,12 @@ class Lit(L.LightningModule):
 
     Args:
         configure: What ``configure_optimizers`` returns, as a function of the module.
+        width: Of the hidden layer.
     """
 
-    def __init__(self, configure: Callable[[Any], Any] | None = None) -> None:
+    def __init__(self, configure: Callable[[Any], Any] | None = None, width: int = 8) -> None:
         super().__init__()
+        self.width = width
         self.net = self.build()
         self.configure = configure
         self.losses: list[float] = []
@@ -44,7 +46,7 @@ class Lit(L.LightningModule):
         """Return the network, the same at every call."""
         with torch.random.fork_rng():
             torch.manual_seed(7)
-            return Net()
+            return Net(self.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
