@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, lr_scheduler
 
 from lightning_lora import LoRA, LoRACallback, inject, param_groups, sites
-from lightning_lora.optim import roles
+from lightning_lora.derived_groups import roles
 
 RATIO = 16.0
 METHOD = LoRA(r=2, alpha=4)

@@ -17,11 +17,12 @@ from lightning_lora.adapter import Role
 from lightning_lora.callbacks.averaging import averaging_callbacks, check_norms, check_order, leave_frozen_weights
 from lightning_lora.callbacks.guards import Audit, check_present, check_strategy, frozen_norms, hold_still
 from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
+from lightning_lora.derived_groups import check_ratio, link, split
 from lightning_lora.inject import Bias, inject
 from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
-from lightning_lora.optim import check_ratio, link, place, split
+from lightning_lora.optim import place
 from lightning_lora.report import table, totals
 from lightning_lora.sites import Site, sites
 
