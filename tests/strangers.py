@@ -677,6 +677,25 @@ class Quantizes(Classifier):
         self.net = nn.Sequential(nn.Linear(8, 8), Codebook(), nn.Linear(8, 4))
 
 
+class Observer(nn.Module):
+    """Records the range of what passes, in training and in validation."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("high", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.high = torch.maximum(self.high, x.amax())
+        return x
+
+
+class Observes(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), Observer(), nn.Linear(8, 4))
+
+
 class MultiTask(L.LightningModule):
     """Two heads, used in turn."""
 

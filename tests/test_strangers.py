@@ -441,6 +441,17 @@ def test_what_a_module_adds_to_its_checkpoint_comes_back(tmp_path):
     }
 
 
+def test_a_buffer_made_in_inference_is_saved_by_the_fit_that_follows(tmp_path):
+    module = build(s.Observes)
+    make_trainer(tmp_path, {}).test(module, s.vectors(), verbose=False)
+    assert module.net[1].high.is_inference()
+
+    make_trainer(tmp_path, {}).fit(module, s.vectors())
+
+    file = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(file["net.1.high"], module.net[1].high)
+
+
 def test_batch_norm_of_the_frozen_base_stands_still(tmp_path):
     module = train(s.ConvNet, s.images, tmp_path, {})
 

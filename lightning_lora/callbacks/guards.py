@@ -106,7 +106,7 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
-            (module, name, buffer, buffer._version)  # torch counts in-place changes, so no copy is needed
+            (module, name, buffer, _version(buffer))  # torch counts in-place changes, so no copy is needed
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set
@@ -116,7 +116,7 @@ class Buffers:
         """Note those that changed as trained in full."""
         for module, name, before, version in self._before:
             now = module._buffers.get(name)
-            if now is not None and (now is not before or now._version != version):
+            if now is not None and (now is not before or _version(now) != version):
                 mark_trained_in_full(module, [name])
 
 
@@ -222,6 +222,11 @@ def _sample(weight: Tensor) -> Tensor:
         return torch.empty(0)
     flat = weight.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLE)].clone()
+
+
+def _version(buffer: Tensor) -> int:
+    """Return how often a tensor was written to in place; one made under inference mode cannot be in training."""
+    return 0 if buffer.is_inference() else buffer._version
 
 
 def _module_of(site: str) -> str:
