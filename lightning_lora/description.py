@@ -57,6 +57,11 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
             raise AdapterError(f"{path}: field {field!r} of its description is not a {kind.__name__}")
     if not described["sites"]:
         raise AdapterError(f"{path}: its description names no site")
+    for name, values in described["sites"].items():
+        if not isinstance(values, dict) or not isinstance(values.get("base"), str | None):
+            raise AdapterError(f"{path}: what its description says of {name} is not in order")
+    if not all(isinstance(name, str) for name in described["trained_in_full"]):
+        raise AdapterError(f"{path}: field 'trained_in_full' of its description holds something else than names")
     methods_of(described, path)
 
 

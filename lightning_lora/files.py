@@ -133,6 +133,8 @@ def _exchange(one: Path, other: Path) -> bool:
 def to_bytes(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> bytes:
     """Return a safetensors file that carries a description and a checksum over it and the tensors.
 
+    The same content gives the same bytes: the header is sorted, which the library leaves to chance.
+
     Args:
         tensors: By name; they may share memory or be strided.
         description: Plain types only.
@@ -140,7 +142,11 @@ def to_bytes(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> b
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(description, sort_keys=True)
     metadata = {"format": "pt", SECTION: text, f"{SECTION}.checksum": _checksum(text, own)}
-    return safetensors.torch.save(own, metadata)
+    content = safetensors.torch.save(own, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -188,7 +194,7 @@ def _description(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], pat
         raise AdapterError(
             f"{path}: written by a newer lightning_lora (schema {schema}, this version reads up to {SCHEMA}): upgrade"
         )
-    if metadata.get(f"{SECTION}.checksum") != _checksum(text, tensors):
+    if metadata.get(f"{SECTION}.checksum") != _checksum(text, tensors) or metadata.get("format") != "pt":
         raise AdapterError(f"{path}: the checksum does not fit: the file was changed or damaged after it was written")
     return description
 

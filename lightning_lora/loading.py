@@ -56,6 +56,7 @@ def load_adapter(
         root = locate(file, available)
         bare |= bool(file.root) and not root
         chosen = [available[join(root, name)] for name in file.methods]
+        _check_device([one.site for one in chosen], file.path)
         again = [one.site.name for one in chosen if one.site.name in values]
         if again:
             raise AdapterError(f"{path}: two of its folders adapt {some(again)}: load one of them, such as {file.path}")
@@ -158,7 +159,7 @@ def locate(file: AdapterFile, available: Iterable[str]) -> str:
     """
     available = set(available)
     first = next(iter(file.methods))
-    holders = sorted((name[: -len(first) - 1] for name in available if name.endswith(f".{first}")), key=len)
+    holders = sorted(name[: -len(first) - 1] for name in available if name.endswith(f".{first}"))
     fitting = [
         root
         for root in dict.fromkeys([file.root or "", "", *holders])
@@ -215,6 +216,12 @@ def _factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str, T
     extra = sorted(set(file.tensors) - used)
     if extra:
         raise AdapterError(f"{file.path}: it holds tensors that belong to no adapted module: {some(extra)}")
+
+
+def _check_device(found: list[Site], path: Path) -> None:
+    absent = [site.name for site in found if getattr(site.module, site.parameter).is_meta]
+    if absent:
+        raise AdapterError(f"{path}: {some(absent)} is on the meta device: give the base its values, then load")
 
 
 def _check_fits(modules: Mapping[str, nn.Module], name: str, value: Tensor, path: Path) -> None:
