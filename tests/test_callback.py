@@ -20,7 +20,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRA, LoRACallback, merged, sites
+from lightning_lora import LoRA, LoRACallback, load_from_checkpoint, merged, sites
 
 METHOD = LoRA(r=2, alpha=4)
 NAMES = ["net.first.weight", "net.second.weight"]
@@ -447,6 +447,25 @@ def test_swa_over_frozen_running_statistics_is_refused_because_it_would_reset_th
         trainer(callbacks=[callback(), SWA(0.01)]).fit(Tuned(), loader())
 
 
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_shard_the_base_are_refused(strategy: str, trainer: Any) -> None:
+    run = trainer(callbacks=[callback()])
+    run.strategy.__class__ = type(strategy, (type(run.strategy),), {})
+    with pytest.raises(ValueError, match=f"strategy={strategy}: .* use strategy='ddp'"):
+        run.fit(Lit(), loader())
+
+
+def test_strategies_that_train_in_processes_of_their_own_are_refused(trainer: Any) -> None:
+    class _MultiProcessingLauncher:
+        def launch(self, function: Any, *arguments: Any, trainer: Any, **options: Any) -> Any:
+            return function(*arguments, **options)
+
+    run = trainer(callbacks=[callback()])
+    run.strategy._launcher = _MultiProcessingLauncher()
+    with pytest.raises(ValueError, match=r"the adapters would stay there: use strategy='ddp'"):
+        run.fit(Lit(), loader())
+
+
 # ---- what it shows
 
 
@@ -665,7 +684,8 @@ def test_the_other_lightning_package_works_too(trainer: Any, tmp_path: Path) -> 
 
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.configure, self.losses = self.build(), None, []
+            self.width, self.configure, self.losses = 8, None, []
+            self.net = self.build()
 
     plain, whole, first, second = Lit(), Other(), Other(), Other()
     trainer(callbacks=[callback(lr_ratio=4)], max_epochs=3).fit(plain, loader())
@@ -676,6 +696,7 @@ def test_the_other_lightning_package_works_too(trainer: Any, tmp_path: Path) -> 
         first, loader()
     )
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["one.adapter", "one.ckpt"]
+    assert same(snapshot(load_from_checkpoint(Other, tmp_path / "saved" / "one.ckpt")), snapshot(first))
     resumed = trainer(pl.Trainer, callbacks=[callback(lr_ratio=4), saver], max_epochs=3, enable_checkpointing=True)
     resumed.fit(second, loader(), ckpt_path=tmp_path / "saved" / "one.ckpt")
     assert first.losses + second.losses == whole.losses

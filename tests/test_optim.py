@@ -638,7 +638,21 @@ class Captured(Lit):
         self.configure = lambda _: self.early
 
 
-@pytest.mark.parametrize("cls", [SGD, AdamW, Adagrad])
+class Eager(SGD):
+    """An optimizer that makes its state when it is built, as Adagrad did before torch 2.13."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state[parameter]["count"] = torch.zeros(())
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state[parameter]["count"] += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW, Adagrad, Eager])
 def test_parameters_captured_before_injection_give_the_training_of_an_optimizer_built_after_it(
     cls: Any, trainer: Any, tmp_path: Any
 ) -> None:
