@@ -65,6 +65,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         """Write our entries of a checkpoint, then the adapter folder of the same name.
 
         Raises:
+            AdapterError: If the module keeps trained entries out of its state dict.
             RuntimeError: If the adapters are merged.
         """
         state = checkpoint.get("state_dict")
@@ -74,6 +75,12 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         check_not_merged(self.module, "save a checkpoint")
         ours = own_entries(self.module)
         own_state = {name: tensor for name, tensor in state.items() if name in ours}
+        if len(own_state) < len(ours):
+            absent = sorted(ours - own_state.keys())
+            raise AdapterError(
+                f"{path}: not written, because state_dict() of {type(self.module).__name__} leaves out "
+                f"{some(absent)}: do not override it, the base is kept out of checkpoints without that"
+            )
         slim = _without(checkpoint, {name: _shape(value) for name, value in state.items() if name not in ours})
         slim["state_dict"] = {**own_state, MARKER: torch.empty(0)}
         slim[SECTION] = describe(sites(self.module, TASK), TASK, "", trained_in_full(self.module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -116,6 +117,21 @@ def sites(model: nn.Module, task: str | None = None) -> list[Site]:
         task: Only those that hold an adapter of this task; None means any.
     """
     return list(_sites(model, task))
+
+
+@contextmanager
+def hidden(model: nn.Module) -> Iterator[None]:
+    """Take all adapters out of sight for the length of a ``with`` block: the model has its plain parameters only.
+
+    Args:
+        model: The adapted model.
+    """
+    owners = [(module, module._modules.pop("adapters")) for module in model.modules() if slots_of(module)]
+    try:
+        yield
+    finally:
+        for module, adapters in owners:
+            module._modules["adapters"] = adapters
 
 
 def _sites(model: nn.Module, task: str | None) -> Iterator[Site]:

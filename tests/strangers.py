@@ -279,6 +279,29 @@ class DecayByName(Classifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class DecayByClass(DecayByName):
+    """The configure_optimizers of minGPT: it sorts parameters by the class of their module, and counts them."""
+
+    def configure_optimizers(self):
+        decay, no_decay = set(), set()
+        for mn, m in self.named_modules():
+            for pn, _ in m.named_parameters():
+                fpn = f"{mn}.{pn}" if mn else pn
+                if pn.endswith("bias") or (pn.endswith("weight") and isinstance(m, nn.LayerNorm)):
+                    no_decay.add(fpn)
+                elif pn.endswith("weight") and isinstance(m, nn.Linear):
+                    decay.add(fpn)
+        param_dict = dict(self.named_parameters())
+        assert len(decay & no_decay) == 0
+        missing = param_dict.keys() - (decay | no_decay)
+        assert len(missing) == 0, f"parameters {missing} were not separated into either decay/no_decay set!"
+        groups = [
+            {"params": [param_dict[pn] for pn in sorted(decay)], "weight_decay": 0.1},
+            {"params": [param_dict[pn] for pn in sorted(no_decay)], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.lr)
+
+
 class LayerwiseRates(Classifier):
     """The further from the classifier, the smaller the learning rate."""
 
@@ -730,6 +753,13 @@ class Checkpointed(Classifier):
         return self.net(x)
 
 
+class CheckpointedWhole(Classifier):
+    """All that is trained is inside the checkpointed part."""
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=True)
+
+
 class ReadsTheWeight(Classifier):
     """Uses the weight of a layer without ever calling the layer."""
 
@@ -845,6 +875,21 @@ class KeepsNotes(Classifier):
                 is_changed = True
         if is_changed:
             checkpoint.pop("optimizer_states", None)
+
+
+class HidesTheEncoder(Classifier):
+    """Keeps the pretrained encoder out of its checkpoints by overriding state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = mlp(8, 8)
+        self.strict_loading = False
+
+    def forward(self, x):
+        return self.net(self.encoder(x))
+
+    def state_dict(self, *args, **kwargs):
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("encoder.")}
 
 
 # --------------------------------------------------------------------------------------------------- transformers

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRA, LoRACallback, load_from_checkpoint, sites, using
+from lightning_lora import AdapterError, LoRA, LoRACallback, load_from_checkpoint, sites, using
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),  # what nn.TransformerEncoder makes itself
@@ -120,6 +120,7 @@ WORK = {
     ),
     "optimization by hand, two schedulers": Works(s.ByHand, sites=3),
     "groups by name": Works(s.DecayByName),
+    "groups by class, and counted": Works(s.DecayByClass),
     "groups by layer": Works(s.LayerwiseRates, sites=4),
     "warm-up in optimizer_step": Works(s.WarmsUp, options={"lr_ratio": 4.0}),
     "closure": Works(s.SecondOrder),
@@ -234,6 +235,9 @@ STOP = {
     "reentrant checkpointing": Stops(
         RuntimeError, (*NO_GRADIENT, "4 of 6", "blocks.0.0.weight"), partial(s.Checkpointed, use_reentrant=True)
     ),
+    "reentrant checkpointing of all": Stops(
+        RuntimeError, ("the loss depends on no adapter", "use_reentrant=False"), s.CheckpointedWhole
+    ),
     "weight read without its layer": Stops(
         RuntimeError, (*NO_GRADIENT, "2 of 6", "lin.weight", "exclude_modules=['lin']"), s.ReadsTheWeight
     ),
@@ -251,6 +255,11 @@ STOP = {
         ("gave its optimizer no parameter", "LoRACallback(modules_to_save=[...])"),
         s.OnlyTheHead,
         options={"exclude_modules": ["head"]},
+    ),
+    "state_dict that hides layers": Stops(
+        AdapterError,
+        ("state_dict() of HidesTheEncoder leaves out encoder.0.adapters.weight.default.lora_A", "do not override it"),
+        s.HidesTheEncoder,
     ),
     "raw parameters": Stops(
         ValueError, ("found no layer to adapt in RawParameters", "layers that can be adapted are"), s.RawParameters
@@ -363,6 +372,16 @@ def test_every_layers_adapter_learns_at_its_layers_rate(tmp_path):
         "net.1.weight": {0.0025},
         "net.0.weight": {0.00125},
     }
+
+
+def test_groups_that_know_plain_parameters_only_get_each_adapter_with_its_weight(tmp_path):
+    module = build(s.DecayByClass)
+    trainer = make_trainer(tmp_path, {"lr_ratio": 4.0})
+
+    trainer.fit(module, s.vectors())
+
+    found = [(g["weight_decay"], g["lr"], len(g["params"])) for g in trainer.optimizers[0].param_groups]
+    assert found == [(0.1, 0.01, 2), (0.0, 0.01, 0), (0.1, 0.04, 2)]
 
 
 def test_warm_up_by_hand_keeps_the_ratio_of_the_learning_rates(tmp_path):

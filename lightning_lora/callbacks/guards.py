@@ -120,6 +120,23 @@ class Buffers:
                 mark_trained_in_full(module, [name])
 
 
+def check_connected(loss: Tensor) -> None:
+    """Check that a loss depends on something that is trained.
+
+    Args:
+        loss: What backward will be called on.
+
+    Raises:
+        RuntimeError: If it does not.
+    """
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "the loss depends on no adapter: the forward calls none of the adapted layers as a module, or something "
+            "cuts the gradient, as reentrant checkpointing of a frozen input does: pass use_reentrant=False, or for a "
+            'model of transformers gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+
+
 def check_frozen(model: nn.Module) -> None:
     """Check that the base requires no gradient.
 

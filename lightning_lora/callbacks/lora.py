@@ -9,13 +9,20 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Role
 from lightning_lora.callbacks.averaging import averaging_callbacks, check_norms, check_order, leave_frozen_weights
-from lightning_lora.callbacks.guards import Audit, check_present, check_strategy, frozen_norms, hold_still
+from lightning_lora.callbacks.guards import (
+    Audit,
+    check_connected,
+    check_present,
+    check_strategy,
+    frozen_norms,
+    hold_still,
+)
 from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import check_ratio, link, split
 from lightning_lora.inject import Bias, inject
@@ -24,7 +31,7 @@ from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.optim import place
 from lightning_lora.report import table, totals
-from lightning_lora.sites import Site, sites
+from lightning_lora.sites import Site, hidden, sites
 
 _ABSENT = object()
 
@@ -138,6 +145,9 @@ class LoRACallback(Callback):
     def _configure_optimizers(self, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
         try:
             returned = build()
+        except (AssertionError, KeyError):  # it counts or looks up parameters by names and classes that it knows
+            with hidden(pl_module):
+                returned = build()
         except ValueError as error:
             if "empty parameter list" not in str(error):
                 raise
@@ -180,6 +190,11 @@ class LoRACallback(Callback):
         for site in self._found:
             if not site.slot.training:
                 site.slot.train()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Explain what PyTorch would only say of tensors."""
+        check_connected(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
