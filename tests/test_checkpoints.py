@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import Lit, Net, loader
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.callbacks import StochasticWeightAveraging as SWA
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import Logger
@@ -258,6 +258,48 @@ def test_a_merged_model_is_not_saved(trained: Any, trainer: Any, tmp_path: Path)
     with merged(module), pytest.raises(RuntimeError, match="cannot save a checkpoint while the adapters are merged"):
         module.trainer.save_checkpoint(tmp_path / "b.ckpt")
     assert names(tmp_path) == pairs("trained")
+
+
+@pytest.mark.filterwarnings(  # Lightning, where this callback is
+    "ignore:`.fit.ckpt_path=None.` was called without a model",
+    "ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint",
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_that_failed_goes_on_from_the_checkpoint_that_was_written_because_of_it(
+    first: bool, trainer: Any, tmp_path: Path
+) -> None:
+    class Fails(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == 8:
+                raise ArithmeticError("boom")
+            return super().training_step(batch, batch_idx)
+
+    def run() -> L.Trainer:
+        ours, saver = callback(), OnExceptionCheckpoint(tmp_path, "failed")
+        callbacks = [saver, ours] if first else [ours, saver]
+        return trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=3)
+
+    whole, part, rest = Lit(), Fails(), Lit()
+    trainer(callbacks=[callback()], max_epochs=3).fit(whole, loader())
+    with pytest.raises(ArithmeticError, match="boom"):
+        run().fit(part, loader())
+    assert names(tmp_path) == pairs("failed")
+    assert_ours_only(tmp_path / "failed.ckpt", part)
+    run().fit(rest, loader())
+    assert part.losses + rest.losses == whole.losses
+
+
+def test_a_place_that_is_no_local_file_gets_the_checkpoint_and_a_warning_about_the_folder(trainer: Any) -> None:
+    whole, part, rest = Lit(), Lit(), Lit()
+    trainer(callbacks=[callback()], max_epochs=3).fit(whole, loader())
+    run = trainer(callbacks=[callback()])
+    run.fit(part, loader())
+    with pytest.warns(UserWarning, match=r"memory://a.ckpt is not a local file: its adapter folder is not written"):
+        run.save_checkpoint("memory://a.ckpt")
+    trainer(callbacks=[callback()], max_epochs=3).fit(rest, loader(), ckpt_path="memory://a.ckpt")
+    assert same(state(rest), state(whole))
+    assert same(state(lightning_lora.load_from_checkpoint(Lit, "memory://a.ckpt")), state(part))
+    run.strategy.remove_checkpoint("memory://a.ckpt")
 
 
 # ---- other writers inside, and other callbacks' copies

@@ -434,16 +434,19 @@ def test_resuming_with_another_ratio_takes_effect(before: float, after: float, t
     momenta = {id(p): run.optimizers[0].state[p]["momentum_buffer"] for p in first.parameters() if p.requires_grad}
     expected = {n: momenta[id(p)] for n, p in first.named_parameters() if p.requires_grad}
     seen: dict[str, Tensor] = {}
+    rates: list[float] = []
 
     class Look(L.Callback):
         def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
             state = trainer.optimizers[0].state
+            rates.extend(group["lr"] for group in trainer.optimizers[0].param_groups)
             seen.update({n: state[p]["momentum_buffer"].clone() for n, p in module.named_parameters() if p in state})
 
     again = trainer(max_epochs=3, callbacks=[callback(lr_ratio=after), Look()])
     again.fit(second, loader(), ckpt_path=tmp_path / "one.ckpt")
     assert seen.keys() == expected.keys()
     assert all(torch.equal(seen[name], expected[name]) for name in seen), "each parameter found its own momentum"
+    assert rates[2:] == [after * rate for rate in rates[:2] if after != 1], "before the first step, as monitors see it"
     role_of = roles(second)
     for group in again.optimizers[0].param_groups:
         of_b = {role_of[p] == "B" for p in group["params"]}
