@@ -79,7 +79,7 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
     try:
         method = cls(**described["hyperparameters"])
         return {name: method.at(values["r"], values["alpha"]) for name, values in described["sites"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(f"{path}: hyperparameters of {described['method']}: {error}") from None
 
 

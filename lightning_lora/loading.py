@@ -197,7 +197,10 @@ def _factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str, T
     used = set(file.full.values())
     for one, (name, method) in zip(chosen, file.methods.items(), strict=True):
         factors: dict[str, Tensor] = {}
-        blueprint = method.build(one.shape, seed=0, device=torch.device("meta"), dtype=torch.float32)
+        try:
+            blueprint = method.build(one.shape, seed=0, device=torch.device("meta"), dtype=torch.float32)
+        except (RuntimeError, TypeError) as error:  # a size beyond all bounds
+            raise AdapterError(f"{file.path}: {name}: r={method.r}: {str(error).splitlines()[0]}") from None
         for factor, expected in blueprint.state_dict().items():
             key = file.factor(name, factor)
             tensor = file.tensors.get(key)

@@ -155,7 +155,7 @@ def read_config(fields: Mapping[str, Any], path: object) -> Method:
     for cls in known_methods().values():
         try:
             method = cls.from_peft(fields)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path}: {error}") from None
         if method is not None:
             return method
@@ -187,7 +187,7 @@ def site_values(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], path: 
                 site = join(module, "out_proj", "weight")
                 alpha *= 2 if _doubles(fields) else 1
             found[site] = method.at(tensor.shape[0] if tensor.dim() else 0, alpha)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path}: {module}: {error}") from None
     if not found:
         raise AdapterError(f"{path}: no tensor is called {PREFIX}<module>.lora_A.weight: nothing here is an adapter")

@@ -292,6 +292,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 0, "alpha": 1.0}}}),
         "hyperparameters of LoRA: r=0",
     ),
+    "a rank beyond all bounds": (
+        lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 10**30, "alpha": 1.0}}}),
+        "body.0.weight: r=1000000000000000000000000000000: ",
+    ),
+    "an alpha beyond all bounds": (
+        lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 2, "alpha": 10**400}}}),
+        "hyperparameters of LoRA: int too large",
+    ),
     "no site": (lambda f: rewrite(f, lambda t: None, {"sites": {}}), "its description names no site"),
     "a site that is no object": (
         lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": 2}}),
