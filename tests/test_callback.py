@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -294,6 +295,21 @@ def test_a_method_that_the_user_put_on_the_instance_is_there_again_after_the_run
     assert isinstance(run.optimizers[0], torch.optim.SGD)
 
 
+@pytest.mark.parametrize("name", ["configure_model", "configure_optimizers"])
+def test_a_method_that_setup_replaces_stops_the_run_because_ours_is_lost(name: str, trainer: Any) -> None:
+    class Replaces(Lit):
+        def setup(self, stage: str) -> None:
+            setattr(self, name, self.own)
+
+        def own(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1) if name == "configure_optimizers" else None
+
+    module = Replaces()
+    with pytest.raises(RuntimeError, match=f"{name} of Replaces was replaced in its setup, .* replace it in __init__"):
+        trainer(callbacks=[callback()]).fit(module, loader())
+    assert module.__dict__[name] == module.own
+
+
 # ---- what it stops
 
 
@@ -351,6 +367,10 @@ def test_a_base_that_something_unfroze_stops_the_run_with_its_name(trainer: Any)
 
     with pytest.raises(RuntimeError, match=r"1 parameters of the frozen base require a gradient: net.first.bias"):
         trainer(callbacks=[callback()]).fit(Thaws(), loader())
+
+
+def test_the_callbacks_own_state_says_what_was_trained() -> None:
+    assert callback().state_dict() == {"method": "LoRA", "hyperparameters": dataclasses.asdict(METHOD)}
 
 
 def test_two_callbacks_are_refused(trainer: Any) -> None:

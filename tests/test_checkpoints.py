@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
@@ -224,6 +225,7 @@ def test_every_kind_of_saving_writes_our_entries_only(options: dict[str, Any], t
     assert len(files) == 2
     for path in files:
         content = assert_ours_only(path, module)
+        assert content["lightning_lora"]["hyperparameters"] == dataclasses.asdict(METHOD)
         assert ("optimizer_states" in content) is not options.get("save_weights_only", False)
         assert path.with_suffix(".adapter").is_dir()
 
@@ -436,6 +438,17 @@ def test_a_tensor_of_another_callback_that_only_shares_a_name_stays_in_the_file(
 
 
 # ---- written whole
+
+
+@pytest.mark.parametrize("plugins", [[], [AsyncCheckpointIO]])
+def test_nothing_is_written_to_another_file_system_first(
+    plugins: list[Any], trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = ModelCheckpoint(tmp_path / "c", "one")
+    run = trainer(callbacks=[callback(), saver], plugins=[one() for one in plugins], enable_checkpointing=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "there is no such folder"))
+    run.fit(Lit(), loader())
+    assert names(tmp_path / "c") == pairs("one")
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["an exception", "a kill"])

@@ -93,6 +93,7 @@ class LoRACallback(Callback):
         self._audit: Audit | None = None
         self._found: list[Site] = []
         self._adapted_before = False
+        self._pending: set[str] = set()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -170,6 +171,11 @@ class LoRACallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything is still as it was set up, now that strategy and plugins had their turn."""
+        for name in self._pending:
+            raise RuntimeError(
+                f"{name} of {type(pl_module).__name__} was replaced in its setup, after LoRACallback had wrapped it, "
+                "so adapters or optimizer groups are missing: replace it in __init__"
+            )
         check_present(pl_module, self._found)
         leave_frozen_weights(trainer)
         self._set_modes(pl_module)  # again: SyncBatchNorm takes the place of other norms
@@ -232,6 +238,9 @@ class LoRACallback(Callback):
         previous = module.__dict__.get(name, _ABSENT)
 
         def restore() -> None:
+            self._pending.discard(name)
+            if module.__dict__.get(name) is not once:
+                return
             if previous is _ABSENT:
                 module.__dict__.pop(name, None)
             else:
@@ -243,6 +252,7 @@ class LoRACallback(Callback):
             return run(getattr(module, name))
 
         module.__dict__[name] = once
+        self._pending.add(name)
         self._undo.append(restore)
 
     def _undo_all(self) -> None:
