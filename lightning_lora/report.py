@@ -59,7 +59,10 @@ def table(found: list[Site], task: str = "default") -> str:
 
         drawn = Table(title=f"adapters of task {task!r}")
         for column in COLUMNS:
-            drawn.add_column(column, justify="left" if column == "site" else "right", no_wrap=column != "site")
+            if column == "site":
+                drawn.add_column(column, overflow="fold")  # names have no spaces to break at, and none may be cut short
+            else:
+                drawn.add_column(column, justify="right", no_wrap=True)
         for row in body:
             drawn.add_row(*row)
         console = Console()
