@@ -75,7 +75,7 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
         A sentence for the user where the place had to be guessed, else None.
 
     Raises:
-        ValueError: If a parameter has no place, or is in two groups.
+        ValueError: If a parameter has no place, or is in two groups of one optimizer.
     """
     for optimizer in optimizers:
         join_groups(optimizer.param_groups)
@@ -93,8 +93,8 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
         if not parameter.requires_grad:
             continue
         found = homes.get(parameter) or homes.get(weight_of.get(parameter, parameter), [])
-        if len(found) > 1:
-            raise ValueError(f"{name} belongs in two optimizer groups: configure_optimizers must give it to one")
+        if len({id(home.optimizer) for home in found}) < len(found):
+            raise ValueError(f"{name} belongs in two groups of one optimizer: configure_optimizers must give it to one")
         if parameter in homes:
             continue
         if not found:
@@ -105,7 +105,8 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
                 )
             found = every_home
             guessed.append(name)
-        _add(*found[0], parameter, name)
+        for home in found:
+            _add(*home, parameter, name)
     frozen = {parameter: name for parameter, name in names.items() if not parameter.requires_grad}
     dropped = [frozen[p] for p in homes if p in frozen]
     for optimizer, group in every_home:

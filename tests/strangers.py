@@ -201,6 +201,41 @@ class ClippedWGAN(WGANGP):
             p.data.clamp_(-0.01, 0.01)
 
 
+class AdversarialAutoencoder(L.LightningModule):
+    """Two optimizers train the encoder: one to reconstruct, one to fool the discriminator."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.encoder = mlp(8, 16, 3)
+        self.decoder = mlp(3, 16, 8)
+        self.discriminator = mlp(3, 16, 1)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        opt_ae, opt_d, opt_gen = self.optimizers()
+        opt_ae.zero_grad()
+        self.manual_backward(F.mse_loss(self(x), x))
+        opt_ae.step()
+        opt_d.zero_grad()
+        fake = self.discriminator(self.encoder(x).detach())
+        self.manual_backward(F.softplus(fake).mean() + F.softplus(-self.discriminator(torch.randn(len(x), 3))).mean())
+        opt_d.step()
+        opt_gen.zero_grad()
+        self.manual_backward(F.softplus(-self.discriminator(self.encoder(x))).mean())
+        opt_gen.step()
+
+    def configure_optimizers(self):
+        return (
+            torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()], lr=1e-3),
+            torch.optim.Adam(self.discriminator.parameters(), lr=1e-3),
+            torch.optim.Adam(self.encoder.parameters(), lr=1e-4),
+        )
+
+
 # ------------------------------------------------------------------------------------- optimizers in every manner
 
 

@@ -717,26 +717,32 @@ def test_adapters_that_fit_none_of_several_groups_are_an_error_that_says_what_to
         trainer(callbacks=[callback()]).fit(module, loader())
 
 
-def test_a_parameter_in_two_optimizers_is_an_error_that_names_it(trainer: Any) -> None:
-    class Twice(TwoOptimizers):
-        def configure_optimizers(self) -> Any:
-            return AdamW(self.parameters()), SGD(self.other.parameters(), lr=0.1)
+class SharedByTwo(TwoOptimizers):
+    def configure_optimizers(self) -> Any:
+        return AdamW(self.parameters(), lr=0.01), SGD(self.other.parameters(), lr=0.02)
 
-    with pytest.raises(ValueError, match=r"other.first.adapters.weight.default.lora_A belongs in two optimizer groups"):
-        trainer(callbacks=[callback()]).fit(Twice(), loader())
+    def lr_schedulers(self) -> Any:
+        return []
 
 
-def test_a_captured_weight_in_two_optimizers_is_an_error_too(trainer: Any) -> None:
-    class Twice(TwoOptimizers):
-        def __init__(self) -> None:
-            super().__init__()
-            self.early = AdamW(self.parameters()), SGD(self.other.parameters(), lr=0.1)
+class CapturedByTwo(SharedByTwo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = super().configure_optimizers()
 
-        def configure_optimizers(self) -> Any:
-            return self.early
+    def configure_optimizers(self) -> Any:
+        return self.early
 
-    with pytest.raises(ValueError, match=r"other.first.adapters.weight.default.lora_A belongs in two optimizer groups"):
-        trainer(callbacks=[callback()]).fit(Twice(), loader())
+
+@pytest.mark.parametrize("cls", [SharedByTwo, CapturedByTwo])
+def test_what_two_optimizers_share_stays_shared(cls: Any, trainer: Any) -> None:
+    module = cls()
+    run = trainer(callbacks=[callback()])
+    run.fit(module, loader())
+    assert_every_role_has_its_groups(module.other, run.optimizers[1:], RATIO)
+    for optimizer, part in zip(run.optimizers, (module, module.other), strict=True):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in part.parameters() if p.requires_grad}
 
 
 def test_no_optimizer_at_all_is_an_error(trainer: Any) -> None:

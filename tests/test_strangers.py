@@ -118,6 +118,7 @@ WORK = {
         ),
         x=Z,
     ),
+    "encoder in two optimizers": Works(s.AdversarialAutoencoder, sites=6),
     "optimization by hand, two schedulers": Works(s.ByHand, sites=3),
     "groups by name": Works(s.DecayByName),
     "groups by class, and counted": Works(s.DecayByClass),
