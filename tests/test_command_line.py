@@ -17,12 +17,13 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.q = nn.Linear(6, 5)
+        self.v = nn.Linear(6, 5)
         self.attention = nn.MultiheadAttention(6, 2)
         self.head = nn.Linear(5, 2)
 
     def forward(self, x):
         x, _ = self.attention(x, x, x)
-        return self.head(self.q(x))
+        return self.head(self.q(x) + self.v(x))
 
 
 class Holder(nn.Module):
@@ -67,7 +68,7 @@ def test_inspect_shows_every_site_with_norm_and_effective_rank(trained, capsys):
         adapter = site.adapter("default")
         [line] = [line for line in out.splitlines() if line.startswith(site.name.removeprefix("net."))]
         assert f"{adapter.delta().norm().item():.4g}" in line
-    assert "LoRA, 3 matrices, network net" in out
+    assert "LoRA, 4 matrices, network net" in out
     assert "trained in full: head.bias, head.weight" in out
     assert "verified" in out
 
@@ -157,8 +158,10 @@ def test_merge_never_replaces_a_file(trained, capsys):
     assert (folder / "base.pt").read_bytes() == before
 
 
-def test_export_has_one_rank_no_scale_and_the_same_change(trained, capsys):
-    holder, base, folder = trained
+def test_export_has_one_rank_no_scale_and_the_same_change(tmp_path, capsys):
+    folder = tmp_path
+    holder, base = adapted(exclude_modules=["attention"])
+    save_adapter(holder, folder / "a.adapter")
     assert main(["export", str(folder / "a.adapter"), "--out", str(folder / "portable")]) == 0
     err = capsys.readouterr().err
     assert "head.weight: trained in full, which vLLM and llama.cpp refuse" in err
@@ -171,6 +174,13 @@ def test_export_has_one_rank_no_scale_and_the_same_change(trained, capsys):
     ours, exported = holder.net.double()(x.double()), base.net.double()(x.double())
     torch.testing.assert_close(exported, ours, rtol=1e-6, atol=1e-6 * ours.abs().max().item())
     assert {site.adapter("default").method.r for site in sites(base.net)} == {3}
+
+
+def test_export_refuses_what_pefts_format_cannot_express(trained, capsys):
+    _, _, folder = trained
+    assert main(["export", str(folder / "a.adapter"), "--out", str(folder / "portable")]) == 1
+    assert "PEFT's format cannot express it" in capsys.readouterr().err
+    assert not (folder / "portable").exists()
 
 
 def test_methods_lists_options_with_their_defaults(capsys):
