@@ -160,7 +160,7 @@ def run(model: nn.Module, kind: str, mode: str, dtype: torch.dtype = torch.float
     """The outputs; what lies behind the end of a sequence means nothing, and PyTorch's paths differ in it."""
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in KINDS[kind].inputs().items()}
     model.train(mode == "training")
-    with torch.no_grad() if mode == "inference" else nullcontext():
+    with torch.inference_mode() if mode == "inference" else nullcontext():
         outputs: Tensor = model(**inputs)
     padded = inputs.get("src_key_padding_mask")
     return outputs if padded is None else outputs.masked_fill(padded[..., None], 0.0)
@@ -462,6 +462,15 @@ def test_an_encoder_with_one_adapted_matrix_computes_with_it(kind: str, method: 
     assert close(run(model, kind, mode), run(plain, kind, mode))
     remove(model)
     assert shape_of(model) == shape_of(plain)
+
+
+def test_an_encoder_layer_in_training_calls_its_linear_layers_with_their_dropout() -> None:
+    kind = "encoder layer"
+    model = base(kind)
+    inject(model, LoRA(r=2, dropout=0.5), ["linear1", "linear2"])
+    change(model)
+    assert not torch.equal(run(model, kind, "training"), run(model, kind, "training"))
+    assert torch.equal(run(model, kind, "inference"), run(model, kind, "inference"))
 
 
 @every_method

@@ -322,6 +322,16 @@ def test_attention_from_a_peft_that_adds_once_is_added_once(tmp_path: Path) -> N
     assert alphas == {"0.21.2": twice, "0.21.3.dev0": once, "0.22.0": once, None: twice}
 
 
+@pytest.mark.parametrize("case", [*CASES.values(), ATTENDING], ids=[*CASES, "attention"])
+def test_tensors_have_the_names_that_peft_gives_them(case: Case, tmp_path: Path) -> None:
+    save_adapter(with_ours(case), tmp_path / "ours")
+    with_theirs(case).save_pretrained(tmp_path / "theirs")
+    ours, theirs = (
+        safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")
+    )
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in theirs.items()}
+
+
 class Nested(nn.Module):
     """The same last names at three depths."""
 
