@@ -602,6 +602,27 @@ class Statistics(Tuned):
         self.train()
 
 
+class NewNorms(Precision):
+    """A plugin that puts new norm layers in the place of the old ones, as the conversion to SyncBatchNorm does."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.BatchNorm1d):
+                    new = nn.BatchNorm1d(child.num_features).requires_grad_(child.weight.requires_grad)
+                    new.load_state_dict(child.state_dict())
+                    setattr(parent, name, new.train(child.training))
+        return module
+
+
+@MEANT
+def test_running_statistics_do_not_drift_in_norms_that_took_the_place_of_others(trainer: Any) -> None:
+    module = Statistics()
+    trainer(callbacks=[callback()], plugins=[NewNorms()]).fit(module, loader(), loader())
+    assert same(base(module), base(Tuned()))
+    assert_clean(module)
+
+
 @MEANT
 def test_running_statistics_of_a_frozen_norm_do_not_drift_whatever_calls_train(trainer: Any) -> None:
     module = Statistics()

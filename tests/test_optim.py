@@ -618,12 +618,15 @@ def test_the_optimizer_of_lightning_cli_can_be_fitted_again_and_with_another_rat
 ) -> None:
     arguments = ["fit", "--optimizer=AdamW", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.9"]
     cli = command_line(*arguments, callbacks=[callback()])
-    optimizer = cli.trainer.optimizers[0]
+    optimizer, scheduler = cli.trainer.optimizers[0], cli.trainer.lr_scheduler_configs[0].scheduler
+    depth = len(type(scheduler).__mro__)
     for ratio in (RATIO, 4.0, 1.0, RATIO):
         before = copy.deepcopy(factors(cli.model, "lora_B"))
         run = trainer(callbacks=[callback(lr_ratio=ratio)])
         run.fit(cli.model)
         assert run.optimizers[0] is optimizer
+        assert run.lr_scheduler_configs[0].scheduler is scheduler
+        assert len(type(scheduler).__mro__) == depth, "its class is not swapped again and again"
         if ratio != 1:
             assert_every_role_has_its_groups(cli.model, run.optimizers, ratio)
         assert len(optimizer.param_groups) == (1 if ratio == 1 else 2)
@@ -668,6 +671,18 @@ def test_parameters_captured_before_injection_give_the_training_of_an_optimizer_
     assert_every_role_has_its_groups(captured, run.optimizers, RATIO)
     run.save_checkpoint(tmp_path / "a.ckpt")  # the state of dropped parameters would not fit its groups
     assert len(torch.load(tmp_path / "a.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]) == 2
+
+
+def test_an_adapter_that_was_frozen_between_two_runs_leaves_its_group(trainer: Any) -> None:
+    module = Captured(SHAPES["one optimizer"])
+    trainer(callbacks=[callback()]).fit(module, loader())
+    held = module.net.first.adapters.weight.default.lora_B.requires_grad_(False)
+    before = held.clone()
+    run = trainer(callbacks=[callback()])
+    run.fit(module, loader())
+    assert torch.equal(held, before)
+    assert_every_role_has_its_groups(module, run.optimizers, RATIO)
+    assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [2, 1]
 
 
 def test_adapters_join_the_group_of_the_weight_that_they_adapt(trainer: Any) -> None:
