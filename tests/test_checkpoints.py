@@ -632,6 +632,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert len(seen_again.seen) > 2
 
 
+def test_an_optimizer_and_scheduler_built_before_injection_resume_exactly(trainer: Any, tmp_path: Path) -> None:
+    def captured() -> Lit:
+        module = Lit()
+        built = one_cycle(module)
+        module.configure = lambda _: built
+        return module
+
+    whole, part, rest = captured(), captured(), captured()
+    first = trainer(callbacks=[callback(lr_ratio=16)], max_epochs=3)
+    first.fit(whole, loader())
+    run = trainer(callbacks=[callback(lr_ratio=16)], max_epochs=2)
+    run.fit(part, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    second = trainer(callbacks=[callback(lr_ratio=16)], max_epochs=3)
+    second.fit(rest, loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert part.losses + rest.losses == whole.losses
+    assert same(state(rest), state(whole))
+    assert same(second.optimizers[0].state_dict(), first.optimizers[0].state_dict())
+
+
 @pytest.mark.parametrize("which", ["last", "best", "path"])
 @pytest.mark.parametrize("style", STYLES)
 def test_last_best_and_a_path_resume_every_style_of_module(

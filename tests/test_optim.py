@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, lr_scheduler
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, lr_scheduler
 
 from lightning_lora import LoRA, LoRACallback, inject, param_groups, sites
 from lightning_lora.derived_groups import roles
@@ -772,9 +772,11 @@ def test_a_head_that_was_frozen_and_filtered_away_is_explained(trainer: Any) -> 
 
 
 def test_lbfgs_trains_at_ratio_one_and_refuses_another(trainer: Any) -> None:
-    module = Lit(lambda m: torch.optim.LBFGS([p for p in m.parameters() if p.requires_grad], lr=0.1, max_iter=2))
-    trainer(callbacks=[callback(lr_ratio=1)]).fit(module, loader())
+    module, early = Lit(lambda m: LBFGS(m.parameters(), 0.1, 2)), Captured(lambda m: LBFGS(m.parameters(), 0.1, 2))
+    for one in (module, early):
+        trainer(callbacks=[callback(lr_ratio=1)]).fit(one, loader())
     assert all(bool(factor.any()) for factor in factors(module, "lora_B"))
+    assert_same_parameters(module, early)
     with pytest.raises(ValueError, match="LBFGS keeps all parameters in one group: use lr_ratio=1"):
         trainer(callbacks=[callback()]).fit(module, loader())
 
