@@ -18,6 +18,7 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.analysis import effective_rank, singular_values
 from lightning_lora.description import digest
 from lightning_lora.files import AdapterError, read_tensors, write_file, write_folder
+from lightning_lora.loading import locate
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.saving import CONFIG, OUTSIDE, WEIGHTS
@@ -76,7 +77,10 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
     loaded = {source: _read_weights(source) for source in sources}
     holder = {key: source for source, (state, _) in loaded.items() for key in state}
     for file in files:
-        prefix = _prefix(file, set(holder), into)
+        try:
+            prefix = locate(file, holder)
+        except AdapterError as error:
+            raise AdapterError(f"{into}: {error}") from None
         for name, site in _adapters(file):
             key = join(prefix, name)
             state = loaded[holder[key]][0]
@@ -168,20 +172,6 @@ def _adapter(file: AdapterFile, name: str, method: Method) -> Adapter:
     except RuntimeError as error:
         raise AdapterError(f"{file.path}: {name}: {error}") from None
     return adapter
-
-
-def _prefix(file: AdapterFile, keys: set[str], into: Path) -> str:
-    """Return what the base's names have in front of the adapter's."""
-    first = next(iter(file.methods))
-    holders = sorted((key[: -len(first) - 1] for key in keys if key.endswith(f".{first}")), key=len)
-    for prefix in dict.fromkeys([file.root or "", "", *holders]):
-        if all(join(prefix, name) in keys for name in file.methods):
-            return prefix
-    absent = [name for name in file.methods if name not in keys]
-    raise AdapterError(
-        f"{into}: it has no {absent[0]}, which {file.path} adapts"
-        + (f" (nor {len(absent) - 1} others)" if len(absent) > 1 else "")
-    )
 
 
 def _weight_files(path: Path) -> list[Path]:

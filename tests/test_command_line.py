@@ -148,6 +148,17 @@ def test_merge_refuses_another_base_unless_told(trained, capsys):
     assert main([*command, "--allow_base_mismatch"]) == 0
 
 
+def test_merge_into_another_architecture_names_both_and_what_is_absent(trained, capsys):
+    _, base, folder = trained
+    state = base.net.state_dict()
+    del state["v.weight"]
+    torch.save(state, folder / "other.pt")
+    command = ["merge", str(folder / "a.adapter"), "--into", str(folder / "other.pt"), "--out", str(folder / "m.pt")]
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert f"{folder / 'other.pt'}: {folder / 'a.adapter'}: the adapters belong to v.weight, which" in message
+
+
 def test_merge_never_replaces_a_file(trained, capsys):
     _, base, folder = trained
     torch.save(base.state_dict(), folder / "base.pt")
