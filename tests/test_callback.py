@@ -21,7 +21,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRA, LoRACallback, load_from_checkpoint, merged, sites
+from lightning_lora import LoRA, LoRACallback, inject, load_from_checkpoint, merged, sites
 
 METHOD = LoRA(r=2, alpha=4)
 NAMES = ["net.first.weight", "net.second.weight"]
@@ -803,3 +803,29 @@ def test_ddp_keeps_replicas_equal_writes_once_and_resumes(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FILES ['2/last.adapter', '2/last.ckpt']" in done.stdout
+
+
+class Attending(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x[:, None]
+        return super().forward(self.attention(x, x, x)[0][:, 0])
+
+
+def test_dropout_that_attention_cannot_apply_is_said_and_elsewhere_is_not(trainer: Any) -> None:
+    words = r"no effect at 2 matrices of nn.MultiheadAttention \(first: attention.in_proj_weight\)"
+    with pytest.warns(UserWarning, match=words):
+        trainer(callbacks=[LoRACallback(LoRA(r=2, dropout=0.1))], max_epochs=1).fit(Attending(), loader())
+    trainer(callbacks=[LoRACallback(LoRA(r=2))], max_epochs=1).fit(Attending(), loader())
+    trainer(callbacks=[LoRACallback(LoRA(r=2, dropout=0.1))], max_epochs=1).fit(Lit(), loader())
+
+
+def test_the_audit_leaves_adapters_of_other_tasks_alone(trainer: Any) -> None:
+    module = Lit()
+    inject(module, LoRA(r=1), task="other")
+    trainer(callbacks=[LoRACallback(LoRA(r=2))], max_epochs=1).fit(module, loader())
+    assert all(site.adapter("default").lora_B.any() for site in sites(module))
+    assert not any(site.adapter("other").lora_B.any() for site in sites(module))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lora.layers import AdaptedMultiheadAttention
 from lightning_lora.sites import Site, sites
 from lightning_lora.state import mark_trained_in_full, marked
 
@@ -33,8 +34,9 @@ class Audit:
         self._weights: dict[str, Tensor] = {}
         for site in sites(model):
             self._weights[site.name] = _sample(getattr(site.module, site.parameter))
+            in_use = {id(p) for task in site.slot.active for p in site.adapter(task).parameters()}
             for factor, parameter in site.slot.named_parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and id(parameter) in in_use:
                     name = f"{site.name} ({factor})"
                     self._factors[name] = site.name
                     self._handles.append(parameter.register_hook(self._note(name)))  # type: ignore[no-untyped-call]
@@ -209,6 +211,26 @@ def check_present(model: nn.Module, found: list[Site]) -> None:
             f"{len(lost)} of {len(found)} adapters are gone since they were injected: {_some(lost)}. Something put "
             "other layers in their place, as precision plugins do: let it convert the module before the Trainer runs"
         )
+
+
+def without_dropout(model: nn.Module, found: list[Site]) -> list[str]:
+    """Return the sites whose adapters ask for dropout in vain, because attention reads their weights and has no input.
+
+    Args:
+        model: The adapted model.
+        found: Its sites.
+    """
+    read = {
+        (id(owner), parameter)
+        for module in model.modules()
+        if isinstance(module, AdaptedMultiheadAttention)
+        for owner, parameter in module.reads(module)
+    }
+    return [
+        site.name
+        for site in found
+        if (id(site.module), site.parameter) in read and any(site.adapter(task).dropout for task in site.slot.active)
+    ]
 
 
 def check_strategy(strategy: object) -> None:

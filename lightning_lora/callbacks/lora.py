@@ -22,6 +22,7 @@ from lightning_lora.callbacks.guards import (
     check_strategy,
     frozen_norms,
     hold_still,
+    without_dropout,
 )
 from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import check_ratio, link, split
@@ -139,6 +140,12 @@ class LoRACallback(Callback):
         )
         if len(self._found) > known:
             rank_zero_info(f"{table(self._found)}\n{totals(pl_module)}")
+            vain = without_dropout(pl_module, self._found)
+            if vain:
+                rank_zero_warn(
+                    f"the adapters' dropout has no effect at {len(vain)} matrices of nn.MultiheadAttention "
+                    f"(first: {vain[0]}): it reads their weights instead of calling them on an input"
+                )
         if stage == "fit":
             check_norms(trainer, pl_module)
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
