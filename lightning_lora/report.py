@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_lora.sites import Site
 
+_FILE_WIDTH = 200  # a log file has no width of its own, and rich would take 80 columns
 COLUMNS = ("site", "count", "shape (out, in)", "r", "alpha", "parameters")
 
 
@@ -65,7 +66,7 @@ def table(found: list[Site], task: str = "default") -> str:
                 drawn.add_column(column, justify="right", no_wrap=True)
         for row in body:
             drawn.add_row(*row)
-        console = Console()
+        console = Console() if Console().is_terminal else Console(width=_FILE_WIDTH)
         with console.capture() as capture:
             console.print(drawn)
         return capture.get().rstrip("\n")
