@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.description import describe
+from lightning_lora.description import describe, fingerprint
 from lightning_lora.files import SECTION, AdapterError, write_file, write_folder
 from lightning_lora.loading import adopt, check_same, some
 from lightning_lora.merge import check_not_merged, merge_
@@ -83,7 +83,9 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
             )
         slim = _without(checkpoint, {name: _shape(value) for name, value in state.items() if name not in ours})
         slim["state_dict"] = {**own_state, MARKER: torch.empty(0)}
-        slim[SECTION] = describe(sites(self.module, TASK), TASK, "", trained_in_full(self.module))
+        found = sites(self.module, TASK)
+        prints = fingerprint(found)  # once, for the checkpoint and the folder
+        slim[SECTION] = describe(found, TASK, "", trained_in_full(self.module), prints)
         if is_remote(path):
             super().save_checkpoint(slim, path, storage_options)
             rank_zero_warn(
@@ -93,7 +95,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
             if os.path.islink(path):  # what `save_last="link"` left: the checkpoint that it points to stays as it is
                 os.unlink(path)
             super().save_checkpoint(slim, path, storage_options)
-            write_folder(adapter_folder(path), folder_contents(self.module, own_state, TASK))
+            write_folder(adapter_folder(path), folder_contents(self.module, own_state, TASK, prints))
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from lightning_lora.sites import Site, relative
 _BLOCKS, _BLOCK = 64, 64
 
 
-def describe(found: list[Site], task: str, root: str, full: set[str]) -> dict[str, Any]:
+def describe(
+    found: list[Site], task: str, root: str, full: set[str], prints: Mapping[str, str | None]
+) -> dict[str, Any]:
     """Return what a file says about its tensors, in plain types.
 
     Args:
@@ -24,10 +26,10 @@ def describe(found: list[Site], task: str, root: str, full: set[str]) -> dict[st
         task: Their task.
         root: The network's name in the model; site names are written relative to it.
         full: Names, relative to the root, of what is trained in full.
+        prints: The `fingerprint` of the sites, or of more.
     """
     methods = {site.name: site.adapter(task).method for site in found}
     first = next(iter(methods.values()))
-    prints = fingerprint(found)
     return {
         "schema": SCHEMA,
         "task": task,
