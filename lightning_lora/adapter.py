@@ -1,4 +1,4 @@
-"""`Adapter`: a low-rank change to one (out, in) matrix, ``W' = W + scaling * up @ down``."""
+"""`Adapter`: a low-rank change to one (out, in) matrix, ``W' = W + scaling * up @ down``, or to a stack of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Adapter(nn.Module):
-    """A low-rank change to one matrix, holding its factors as parameters.
+    """A low-rank change to one matrix, or one to each of a stack of matrices, holding its factors as parameters.
 
     A method's file subclasses it, declares what each parameter is in ``roles``, and writes ``reset_parameters`` and
     ``factors``; everything else follows. Parameters are raw ``nn.Parameter``s, never ``nn.Linear``s, so that sweeps
@@ -42,7 +42,7 @@ class Adapter(nn.Module):
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``up`` (out, r) and ``down`` (r, in)."""
+        """Return ``up`` (out, r) and ``down`` (r, in); those of a stack have one more dimension in front."""
 
     def delta(self) -> Tensor:
         """Return the dense change (out, in), ``scaling * up @ down``."""
@@ -53,7 +53,7 @@ class Adapter(nn.Module):
         """Return the adapted matrix in the dtype of ``weight``, rounded once.
 
         Args:
-            weight: The base matrix (out, in).
+            weight: The base matrix (out, in), or the stack (n, out, in).
         """
         return (weight + self.delta()).to(weight.dtype)
 

@@ -12,18 +12,19 @@ from lightning_lora.adapter import Adapter
 def singular_values(adapter: Adapter) -> Tensor:
     """Return the singular values of an adapter's change, largest first, without forming the (out, in) matrix.
 
-    With ``up = Q R`` and ``down.T = P S``, those of ``up @ down`` are those of the small ``R @ S.T``.
+    With ``up = Q R`` and ``down.T = P S``, those of ``up @ down`` are those of the small ``R @ S.T``. A stack of
+    matrices is taken as one block-diagonal matrix.
 
     Args:
         adapter: Any adapter of rank r.
 
     Returns:
-        At most r values, in float64.
+        At most r values for each matrix, in float64.
     """
     up, down = (factor.double() for factor in adapter.factors())
-    left, right = torch.linalg.qr(up).R, torch.linalg.qr(down.T).R
-    values: Tensor = abs(adapter.scaling) * torch.linalg.svdvals(left @ right.T)
-    return values
+    left, right = torch.linalg.qr(up).R, torch.linalg.qr(down.mT).R
+    values: Tensor = abs(adapter.scaling) * torch.linalg.svdvals(left @ right.mT)
+    return values.flatten().sort(descending=True).values
 
 
 def effective_rank(values: Tensor) -> float:

@@ -85,7 +85,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         slim["state_dict"] = {**own_state, MARKER: torch.empty(0)}
         found = sites(self.module, TASK)
         prints = fingerprint(found)  # once, for the checkpoint and the folder
-        slim[SECTION] = describe(found, TASK, "", trained_in_full(self.module), prints)
+        slim[SECTION] = describe(self.module, found, TASK, "", trained_in_full(self.module), prints)
         if is_remote(path):
             super().save_checkpoint(slim, path, storage_options)
             rank_zero_warn(

@@ -7,21 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.files import SCHEMA, AdapterError
+from lightning_lora.layout import Layout
 from lightning_lora.method import Method, known_methods
-from lightning_lora.sites import Site, relative
+from lightning_lora.sites import Site, relative, tied_names
 
 _BLOCKS, _BLOCK = 64, 64
 
 
 def describe(
-    found: list[Site], task: str, root: str, full: set[str], prints: Mapping[str, str | None]
+    model: nn.Module, found: list[Site], task: str, root: str, full: set[str], prints: Mapping[str, str | None]
 ) -> dict[str, Any]:
     """Return what a file says about its tensors, in plain types.
 
     Args:
+        model: The adapted model.
         found: The sites of one network.
         task: Their task.
         root: The network's name in the model; site names are written relative to it.
@@ -30,6 +32,17 @@ def describe(
     """
     methods = {site.name: site.adapter(task).method for site in found}
     first = next(iter(methods.values()))
+    tied = tied_names(model)
+    described = {
+        relative(site.name, root): {
+            "r": methods[site.name].r,
+            "alpha": methods[site.name].alpha,
+            "base": prints[site.name],
+            "layout": site.slot.layout.described(),
+            "tied": [relative(name, root) for name in tied[site.name]],
+        }
+        for site in found
+    }
     return {
         "schema": SCHEMA,
         "task": task,
@@ -37,8 +50,8 @@ def describe(
         "method": type(first).__name__,
         "hyperparameters": first.hyperparameters(),
         "sites": {
-            relative(name, root): {"r": method.r, "alpha": method.alpha, "base": prints[name]}
-            for name, method in methods.items()
+            name: {field: value for field, value in values.items() if value not in ({}, [])}
+            for name, values in described.items()
         },
         "trained_in_full": sorted(full),
     }
@@ -62,9 +75,30 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
     for name, values in described["sites"].items():
         if not isinstance(values, dict) or not isinstance(values.get("base"), str | None):
             raise AdapterError(f"{path}: what its description says of {name} is not in order")
+        tied = values.get("tied", [])
+        if not isinstance(tied, list) or not all(isinstance(other, str) for other in tied):
+            raise AdapterError(f"{path}: what its description says of {name} is not in order")
     if not all(isinstance(name, str) for name in described["trained_in_full"]):
         raise AdapterError(f"{path}: field 'trained_in_full' of its description holds something else than names")
     methods_of(described, path)
+    layouts_of(described, path)
+
+
+def layouts_of(described: Mapping[str, Any], path: object) -> dict[str, Layout]:
+    """Return how each site of a description lies as a matrix.
+
+    Raises:
+        AdapterError: If a value is out of range.
+    """
+    try:
+        return {name: Layout.from_description(values.get("layout", {})) for name, values in described["sites"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: {error}") from None
+
+
+def tied_of(described: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the further names, if any, of the tied weight that each site of a description is."""
+    return {name: values.get("tied", []) for name, values in described["sites"].items()}
 
 
 def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:

@@ -10,11 +10,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_lora.layers import kind_of, swap, swap_readers, unswap
+from lightning_lora.candidates import Candidate
+from lightning_lora.layers import kind_of, swap_layer, swap_readers
+from lightning_lora.layers.seam import replaced_forward, unswap
+from lightning_lora.layout import Layout
 from lightning_lora.method import Method
-from lightning_lora.sites import Site, Slot, clean, sites, slot_of, slots_of
+from lightning_lora.sites import Site, Slot, clean, sites, slots_of
 from lightning_lora.state import mark_trained_in_full, marked, unmark
-from lightning_lora.targets import Candidate, choose_values, find_modules_to_save, find_targets
+from lightning_lora.targets import Parts, choose_values, find_modules_to_save, find_targets
 
 Bias = Literal["none", "lora_only", "all"]
 
@@ -29,6 +32,7 @@ def inject(
     bias: Bias = "none",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    fused: Parts | None = None,
     task: str = "default",
     seed: int | None = None,
     dtype: torch.dtype | None = None,
@@ -46,6 +50,9 @@ def inject(
         bias: ``"none"``; ``"lora_only"`` trains the biases of adapted modules; ``"all"`` trains every bias.
         rank_pattern: Other ranks by name or glob; the first entry that fits decides.
         alpha_pattern: Other alphas, likewise.
+        fused: Layers that hold several matrices in one, by name or glob: ``{"c_attn": ["q", "k", "v"]}`` for equal
+            parts, ``{"qkv_proj": {"q": 64, "k": 16, "v": 16}}`` by rows. Each part then has an adapter of its own, and
+            ``target_modules=["c_attn.q", "c_attn.v"]`` means two of them.
         task: The adapters' name; it becomes the one in use.
         seed: Seed of the adapters' random numbers (each mixes in its name, so it does not depend on the order);
             None takes PyTorch's current one.
@@ -60,7 +67,7 @@ def inject(
     check_task_name(task)
     if bias not in ("none", "lora_only", "all"):
         raise ValueError(f"bias={bias!r}: must be 'none', 'lora_only' or 'all'")
-    targets = find_targets(model, target_modules, exclude_modules, modules_to_save)
+    targets = find_targets(model, target_modules, exclude_modules, modules_to_save, fused)
     ranks = choose_values(rank_pattern or {}, targets, "rank_pattern")
     alphas = choose_values(alpha_pattern or {}, targets, "alpha_pattern")
     saved = find_modules_to_save(model, modules_to_save)
@@ -103,19 +110,24 @@ def insert(
     _check_shapes(model)
     new = [(one, method) for one, method in targets if not _has_already(one, method, task)]
     for one, _ in new:
-        _check_layer(one)
+        for site in (one.site, *one.tied):
+            _check_layer(site)
+    _check_forwards(model, [one for one, _ in new])
     _check_one_method(model, [method for _, method in new], task)
     seed = torch.initial_seed() if seed is None else seed
     if new:
         _freeze(model)
     for one, method in new:
-        module, parameter = one.site.module, one.site.parameter
-        weight = getattr(module, parameter)
-        slot = _slot(module, parameter)
+        weight = getattr(one.site.module, one.site.parameter)
+        slot = _slot(one)
         slot[task] = method.build(
-            one.shape, seed=_seed_of(seed, one.site.name), device=weight.device, dtype=dtype or _adapter_dtype(weight)
+            one.shape,
+            seed=_seed_of(seed, one.site.name),
+            device=weight.device,
+            dtype=dtype or _adapter_dtype(weight),
+            looked_up=one.layout.looked_up,
         )
-        slot.train(module.training)
+        slot.train(one.site.module.training)
     swap_readers(model)
     for site in sites(model):
         site.slot.active = (task,)
@@ -141,12 +153,14 @@ def remove(model: nn.Module, task: str | None = None) -> None:
         for name in [task] if task is not None else list(slot):
             del slot[name]
         slot.active = tuple(name for name in slot.active if name in slot)
-        adapters = site.module._modules["adapters"]
-        if not len(slot):
-            del adapters._modules[site.parameter]  # type: ignore[union-attr]
-        if not adapters._modules:  # type: ignore[union-attr]
-            del site.module._modules["adapters"]
-            unswap(site.module)
+    for module in model.modules():
+        slots = slots_of(module)
+        adapters = module._modules.get("adapters")
+        for key in [key for key, slot in slots.items() if not len(slot)]:
+            del adapters._modules[key]  # type: ignore[union-attr]
+        if slots and not adapters._modules:  # type: ignore[union-attr]
+            del module._modules["adapters"]
+            unswap(module)
     swap_readers(model)
     if not sites(model):
         unmark(model)
@@ -154,7 +168,7 @@ def remove(model: nn.Module, task: str | None = None) -> None:
 
 def check_task_name(task: str) -> None:
     """Raise ``ValueError`` unless a task's name is short and safe in file names and module names."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task) or hasattr(Slot(), task):
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task) or hasattr(Slot("weight", Layout()), task):
         raise ValueError(f"task={task!r}: use 1 to 64 letters, digits, '_' or '-', and no attribute of a module")
 
 
@@ -168,7 +182,7 @@ def _check_shapes(model: nn.Module) -> None:
 
 
 def _has_already(one: Candidate, method: Method, task: str) -> bool:
-    slot = slot_of(one.site.module, one.site.parameter)
+    slot = slots_of(one.site.module).get(one.site.name.rpartition(".")[2])
     if slot is None or task not in slot:
         return False
     present = slot[task].method
@@ -191,32 +205,47 @@ def _check_one_method(model: nn.Module, methods: Sequence[Method], task: str) ->
             )
 
 
-def _check_layer(one: Candidate) -> None:
-    module, parameter = one.site.module, one.site.parameter
-    kind = kind_of(module)
-    if parameter not in module._parameters:
-        name = one.site.name.rpartition(".")[0]
+def _check_layer(site: Site) -> None:
+    name = site.name.rpartition(".")[0]
+    if site.parameter not in site.module._parameters:
         raise ValueError(
-            f"{one.site.name} is no parameter but computed from others (spectral norm, weight norm, pruning), so an "
+            f"{site.name} is no parameter but computed from others (spectral norm, weight norm, pruning), so an "
             f"adapter cannot be added to it: leave it out with exclude_modules=['{name}'], train it in full with "
             f"modules_to_save=['{name}'], or remove what computes it from the module first"
         )
-    if hasattr(module, "adapters") and not slots_of(module):
-        raise ValueError(f"{one.site.name}: its module already has an attribute called 'adapters', the name we need")
-    if kind is None:
-        raise ValueError(f"{one.site.name}: a {type(module).__name__} cannot be adapted")
+    if hasattr(site.module, "adapters") and not slots_of(site.module):
+        raise ValueError(f"{site.name}: its module already has an attribute called 'adapters', the name we need")
 
 
-def _slot(module: nn.Module, parameter: str) -> Slot:
-    """Return the slot of a parameter, made if it is the first adapter there."""
-    swap(module)
-    if "adapters" not in module._modules:
-        module.add_module("adapters", nn.ModuleDict())
-    adapters = module._modules["adapters"]
-    if parameter not in adapters._modules:  # type: ignore[union-attr]
-        adapters.add_module(parameter, Slot())  # type: ignore[union-attr]
-    slot = slot_of(module, parameter)
-    assert slot is not None
+def _check_forwards(model: nn.Module, targets: Sequence[Candidate]) -> None:
+    """Refuse layers whose forward no subclass replaces, because it sits on the one object."""
+    names = {(id(site.module), site.parameter): site.name for one in targets for site in (one.site, *one.tied)}
+    for module in model.modules():
+        if not replaced_forward(module):
+            continue
+        kind = kind_of(module)
+        used = [(module, parameter) for parameter in module._parameters] + (kind.reads(module) if kind else [])
+        for owner, parameter in used:
+            name = names.get((id(owner), parameter))
+            if name is not None:
+                raise ValueError(
+                    f"{name}: the forward of its {type(module).__name__} was replaced on this one object, so its "
+                    "adapter would never run: replace it after the injection, or in a subclass, or leave the layer "
+                    f"out with exclude_modules=['{name.rpartition('.')[0]}']"
+                )
+
+
+def _slot(one: Candidate) -> Slot:
+    """Return the slot of a candidate, made and given to all modules that share it if it is the first adapter there."""
+    key = one.site.name.rpartition(".")[2]
+    slot = slots_of(one.site.module).get(key)
+    if slot is None:
+        slot = Slot(one.site.parameter, one.layout)
+    for site in (one.site, *one.tied):
+        swap_layer(site.module)
+        if "adapters" not in site.module._modules:
+            site.module.add_module("adapters", nn.ModuleDict())
+        site.module._modules["adapters"]._modules[site.name.rpartition(".")[2]] = slot  # type: ignore[union-attr]
     return slot
 
 

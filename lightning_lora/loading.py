@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.description import check_description, fingerprint, methods_of
+from lightning_lora.candidates import Candidate, candidates
+from lightning_lora.description import check_description, fingerprint, layouts_of, methods_of, tied_of
 from lightning_lora.files import AdapterError, read_tensors
 from lightning_lora.inject import check_task_name, insert
+from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.saving import OUTSIDE
 from lightning_lora.sites import Site, join, named_submodules, sites
 from lightning_lora.state import mark_trained_in_full
-from lightning_lora.targets import Candidate, candidates
 
 
 def load_adapter(
@@ -55,7 +56,12 @@ def load_adapter(
     for file in (read_adapter(folder) for folder in adapter_folders(path)):
         root = locate(file, available)
         bare |= bool(file.root) and not root
-        chosen = [available[join(root, name)] for name in file.methods]
+        chosen = [
+            _described(
+                available, join(root, name), file.layouts[name], [join(root, n) for n in file.tied[name]], file.path
+            )
+            for name in file.methods
+        ]
         _check_device([one.site for one in chosen], file.path)
         again = [one.site.name for one in chosen if one.site.name in values]
         if again:
@@ -102,10 +108,13 @@ def adopt(
     check_description(described, path)
     methods = methods_of(described, path)
     available = {one.site.name: one for one in candidates(model)}
-    absent = [name for name in methods if name not in available]
+    absent = [name for name in methods if whole(name) not in available]
     if absent:
         raise AdapterError(f"{path}: it adapts {some(absent)}, which {type(model).__name__} does not have")
-    targets = [(available[name], method) for name, method in methods.items()]
+    layouts, tied = layouts_of(described, path), tied_of(described)
+    targets = [
+        (_described(available, name, layouts[name], tied[name], path), method) for name, method in methods.items()
+    ]
     if not allow_base_mismatch:
         check_base(path, [one.site for one, _ in targets], [v.get("base") for v in described["sites"].values()])
     insert(model, targets, described["task"])
@@ -158,12 +167,13 @@ def locate(file: AdapterFile, available: Iterable[str]) -> str:
         AdapterError: If no part of the model has all that the file adapts, or several have.
     """
     available = set(available)
-    first = next(iter(file.methods))
+    names = [whole(name) for name in file.methods]
+    first = names[0]
     holders = sorted(name[: -len(first) - 1] for name in available if name.endswith(f".{first}"))
     fitting = [
         root
         for root in dict.fromkeys([file.root or "", "", *holders])
-        if all(join(root, name) in available for name in file.methods)
+        if all(join(root, name) in available for name in names)
     ]
     if fitting and (len(fitting) == 1 or fitting[0] in (file.root, "")):
         return fitting[0]
@@ -172,11 +182,41 @@ def locate(file: AdapterFile, available: Iterable[str]) -> str:
             f"{file.path}: the adapters fit {' and '.join(fitting)} alike: load them into that one, for example "
             f"load_adapter(model.{fitting[0]}, path)"
         )
-    absent = [name for name in file.methods if name not in available]
+    absent = [name for name in names if name not in available]
     raise AdapterError(
         f"{file.path}: the adapters belong to {some(absent)}, which the model does not have or which cannot be "
         "adapted: they were trained on another architecture"
     )
+
+
+def whole(site: str) -> str:
+    """Return the name of the parameter that a site is, or is a part of."""
+    return site.partition("[")[0]
+
+
+def _described(
+    available: Mapping[str, Candidate], name: str, layout: Layout | None, tied: list[str], path: object
+) -> Candidate:
+    """Return the matrix that a file means, with its rows and ties, if the model's lies in the same way."""
+    one = available[whole(name)]
+    if layout is not None and layout.rows is not None:
+        one = one.part(name.partition("[")[2].rstrip("]"), layout.rows)
+    if layout is not None and layout != one.layout:
+        raise AdapterError(
+            f"{path}: {name} was trained as {layout}, but the model's is {one.layout}: another kind of layer"
+        )
+    if len(one.shape) > 1 and 0 in one.shape:
+        raise AdapterError(f"{path}: {name} has fewer rows in this model")
+    absent = [other for other in tied if whole(other) not in available]
+    if absent:
+        raise AdapterError(f"{path}: {name} shares its adapter with {some(absent)}, which the model does not have")
+    weight = getattr(one.site.module, one.site.parameter)
+    sites = [available[whole(other)].site for other in tied]
+    if any(getattr(site.module, site.parameter) is not weight for site in sites):
+        raise AdapterError(
+            f"{path}: {name} was tied to {some(tied)}, and in this model it is not: tie them again first"
+        )
+    return one._replace(tied=tuple(site._replace(name=other) for site, other in zip(sites, tied, strict=True)))
 
 
 def check_base(path: object, found: list[Site], bases: list[str | None]) -> None:
@@ -198,7 +238,8 @@ def _factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str, T
     for one, (name, method) in zip(chosen, file.methods.items(), strict=True):
         factors: dict[str, Tensor] = {}
         try:
-            blueprint = method.build(one.shape, seed=0, device=torch.device("meta"), dtype=torch.float32)
+            meta = {"seed": 0, "device": torch.device("meta"), "dtype": torch.float32}
+            blueprint = method.build(one.shape, **meta, looked_up=one.layout.looked_up)  # type: ignore[arg-type]
         except (RuntimeError, TypeError) as error:  # a size beyond all bounds
             raise AdapterError(f"{file.path}: {name}: r={method.r}: {str(error).splitlines()[0]}") from None
         for factor, expected in blueprint.state_dict().items():
@@ -209,7 +250,7 @@ def _factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str, T
             if tensor.shape != expected.shape:
                 raise AdapterError(
                     f"{file.path}: {key} has shape {list(tensor.shape)}, but {list(expected.shape)} is expected: "
-                    f"r={method.r} on a {one.shape[0]} x {one.shape[1]} matrix"
+                    f"r={method.r} on a {' x '.join(map(str, one.shape))} matrix"
                 )
             if not tensor.is_floating_point():
                 raise AdapterError(f"{file.path}: {key} is stored as {tensor.dtype}, not as floating point")

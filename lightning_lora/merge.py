@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.inject import remove
-from lightning_lora.sites import Site, Slot, clean, join, sites
+from lightning_lora.layers.seam import adapted_weight
+from lightning_lora.sites import Slot, clean, join, sites, slots_at
+
+
+class _Adapted(NamedTuple):
+    """A parameter with adapters on it, and all the modules that have it."""
+
+    names: list[str]
+    owners: list[nn.Module]
+    parameter: str
+    slots: list[Slot]
+    tied_to: list[str]  # names under which others have it, without the adapters
 
 
 @torch.no_grad()
@@ -23,70 +35,87 @@ def merge_(model: nn.Module) -> nn.Module:
         The same object, for chaining.
 
     Raises:
-        ValueError: If nothing is adapted, or an adapted weight is tied to another module's or is quantized.
+        ValueError: If nothing is adapted, or an adapted weight is tied to that of a layer without the adapter, or is
+            quantized.
         RuntimeError: If the model is inside ``merged``.
     """
-    for site, weight in _merged_weights(model):
-        getattr(site.module, site.parameter).copy_(weight)
+    adapted = _adapted_parameters(model)
+    for one in adapted:
+        if one.tied_to:
+            raise ValueError(
+                f"cannot merge into {one.names[0]}: it is tied to {' and '.join(one.tied_to)}, which would change with "
+                "it: untie them first, or adapt both, which then share one adapter; merged(model) works as it is"
+            )
+    for one in adapted:
+        weight = adapted_weight(one.owners[0], one.parameter)
+        if weight is not None:
+            getattr(one.owners[0], one.parameter).copy_(weight)
     remove(model)
     return model
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Run with the adapters written into the base; on leaving, every weight is restored bit for bit.
+    """Run with merged weights in the adapted layers; on leaving, they have their own again, bit for bit.
 
-    The plain weights are kept aside meanwhile, never recomputed by subtraction. Training inside raises.
+    The plain parameters are kept aside meanwhile and never written to, so a layer that is tied to an adapted one keeps
+    its weight. Training inside raises.
 
     Args:
         model: The adapted model.
 
     Raises:
-        ValueError: As ``merge_``.
+        ValueError: If nothing is adapted, or an adapted weight is quantized.
         RuntimeError: If the model is merged already.
     """
-    kept: list[tuple[Site, Slot, Tensor]] = []
+    kept: list[tuple[_Adapted, nn.Parameter]] = []
     try:
-        with torch.no_grad():
-            for site, weight in _merged_weights(model):
-                parameter = getattr(site.module, site.parameter)
-                kept.append((site, site.slot, parameter.detach().clone()))
-                parameter.copy_(weight)
-                site.slot.merged = True
+        for one in _adapted_parameters(model):
+            plain: nn.Parameter = getattr(one.owners[0], one.parameter)
+            with torch.no_grad():
+                weight = adapted_weight(one.owners[0], one.parameter)
+            kept.append((one, plain))
+            _put(one, plain if weight is None else nn.Parameter(weight, requires_grad=False), merged=True)
         yield model
     finally:
-        with torch.no_grad():
-            for site, slot, plain in kept:  # the slot is kept aside too: the site has lost it if it was removed inside
-                getattr(site.module, site.parameter).copy_(plain)
-                slot.merged = False
+        for one, plain in kept:
+            _put(one, plain, merged=False)
 
 
-def _merged_weights(model: nn.Module) -> Iterator[tuple[Site, Tensor]]:
-    """Check every site, then yield each with its merged weight, one at a time."""
-    adapted = sites(model)
-    if not adapted:
+def _put(one: _Adapted, parameter: nn.Parameter, merged: bool) -> None:
+    for owner in one.owners:
+        owner._parameters[one.parameter] = parameter
+    for slot in one.slots:
+        slot.merged = merged
+
+
+def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
+    """Check that a model's adapters can be merged, and return the parameters that they sit on."""
+    found = sites(model)
+    if not found:
         raise ValueError(f"nothing to merge: {type(model).__name__} has no adapters")
     check_not_merged(model, "merge again")
-    names: dict[int, list[str]] = {}
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            names.setdefault(id(parameter), []).append(clean(join(prefix, name)))
-    for site in adapted:
+            holders.setdefault(id(parameter), []).append((clean(join(prefix, name)), module, name))
+    adapted: dict[tuple[int, str], _Adapted] = {}
+    for site in found:
         parameter = getattr(site.module, site.parameter)
-        if len(names[id(parameter)]) > 1:
-            raise ValueError(
-                f"cannot merge into {site.name}: it is tied ({' = '.join(names[id(parameter)])}), so the other would "
-                "change with it; untie them, or keep the adapter unmerged"
-            )
         if not parameter.is_floating_point():
             raise ValueError(
                 f"cannot merge into {site.name}: it is stored as {parameter.dtype}; load the base in full precision"
             )
-    for site in adapted:
-        weight = getattr(site.module, site.parameter).detach()
-        for adapter in site.slot.in_use():
-            weight = adapter.adapted(weight)
-        yield site, weight
+        slots = slots_at(site.module, site.parameter)
+        one = _Adapted([], [], site.parameter, slots, [])
+        for name, module, own_name in holders[id(parameter)]:
+            if own_name == site.parameter and slots_at(module, own_name) == slots:
+                one.names.append(name)
+                one.owners.append(module)
+            else:
+                one.tied_to.append(name)
+        adapted[id(site.module), site.parameter] = one
+    return list(adapted.values())
 
 
 def check_not_merged(model: nn.Module, action: str) -> None:

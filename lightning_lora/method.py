@@ -22,14 +22,17 @@ class Method(ABC):
     alpha: float
 
     @abstractmethod
-    def build(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Adapter:
-        """Create the adapter of one matrix.
+    def build(
+        self, shape: tuple[int, ...], *, seed: int, device: torch.device, dtype: torch.dtype, looked_up: bool = False
+    ) -> Adapter:
+        """Create the adapter of one matrix, or of a stack of matrices.
 
         Args:
-            shape: (out, in) of the matrix.
+            shape: (out, in) of the matrix, or (n, out, in) of the stack.
             seed: Seed of this adapter's own random numbers, drawn on the CPU so that every device gets the same.
             device: Where the parameters live.
             dtype: Their floating-point type.
+            looked_up: Whether rows of the matrix are picked by index, as an embedding's are.
         """
 
     def at(self: M, r: int, alpha: float) -> M:

@@ -18,9 +18,11 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.analysis import effective_rank, singular_values
 from lightning_lora.description import digest
 from lightning_lora.files import AdapterError, read_tensors, write_file, write_folder
-from lightning_lora.loading import locate
+from lightning_lora.layout import Layout
+from lightning_lora.loading import locate, whole
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
+from lightning_lora.report import shape_of
 from lightning_lora.saving import CONFIG, OUTSIDE, WEIGHTS
 from lightning_lora.sites import join
 
@@ -45,11 +47,13 @@ def inspect(path: Path) -> Iterator[tuple[AdapterFile, list[SiteReport]]]:
     for file in map(read_adapter, adapter_folders(path)):
         rows = []
         for name, adapter in _adapters(file):
-            up, down = adapter.factors()
             values = singular_values(adapter)
             method = adapter.method
-            shape = f"{up.shape[0]} x {down.shape[1]}"
-            rows.append(SiteReport(name, shape, method.r, method.alpha, float(values.norm()), effective_rank(values)))
+            rows.append(
+                SiteReport(
+                    name, shape_of(adapter), method.r, method.alpha, float(values.norm()), effective_rank(values)
+                )
+            )
         yield file, rows
 
 
@@ -82,14 +86,15 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
         except AdapterError as error:
             raise AdapterError(f"{into}: {error}") from None
         for name, site in _adapters(file):
-            key = join(prefix, name)
+            key = join(prefix, whole(name))
             state = loaded[holder[key]][0]
+            layout = file.layouts[name] or Layout()
             if not allow_base_mismatch and file.bases[name] not in (None, digest(state[key])):
                 raise AdapterError(
                     f"{into}: {key} is not what {adapter} was trained on: give that base, or --allow_base_mismatch"
                 )
             with torch.no_grad():
-                state[key] = site.adapted(state[key])
+                state[key] = layout.put(state[key], site.adapted(layout.matrix(state[key])))
         outside |= {join(prefix, name): value for name, value in file.full_values().items()}
     for key, value in outside.items():
         if key in holder:
@@ -165,7 +170,7 @@ def _adapter(file: AdapterFile, name: str, method: Method) -> Adapter:
     if absent:
         raise AdapterError(f"{file.path}: {absent[0]} is missing")
     values = {factor: file.tensors[key] for factor, key in keys.items()}
-    shape = (values["lora_B"].shape[0], values["lora_A"].shape[1])
+    shape = (*values["lora_B"].shape[:-1], values["lora_A"].shape[-1])
     adapter = method.build(shape, seed=0, device=torch.device("cpu"), dtype=values["lora_A"].dtype)
     try:
         adapter.load_state_dict(values)

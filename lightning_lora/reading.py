@@ -8,8 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_lora import peft_format
-from lightning_lora.description import check_description, methods_of
+from lightning_lora.description import check_description, layouts_of, methods_of, tied_of
 from lightning_lora.files import AdapterError, parse_json, read_tensors
+from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.saving import CONFIG, WEIGHTS
 
@@ -21,6 +22,8 @@ class AdapterFile(NamedTuple):
         path: The folder.
         root: The network's name in the model that it was trained in; None where another library wrote the folder.
         methods: The method of each site, by the site's name in the network.
+        layouts: How each site lies as a matrix; None where another library wrote the folder.
+        tied: The further names of the tied weight that a site is.
         bases: The fingerprint of each site's base weight, None where it is not known.
         full: The tensor name of each entry that is trained in full, by the entry's name in the network.
         tensors: Everything in the weights file, by PEFT's names.
@@ -29,6 +32,8 @@ class AdapterFile(NamedTuple):
     path: Path
     root: str | None
     methods: dict[str, Method]
+    layouts: dict[str, Layout | None]
+    tied: dict[str, list[str]]
     bases: dict[str, str | None]
     full: dict[str, str]
     tensors: dict[str, Tensor]
@@ -87,9 +92,11 @@ def read_adapter(folder: Path) -> AdapterFile:
         tensors = peft_format.without_copies(tensors)
         methods = peft_format.site_values(parse_json(config.read_bytes(), config), tensors, folder)
         full = {name: key for key, name in peft_format.full_entries(tensors).items()}
-        return AdapterFile(folder, None, methods, dict.fromkeys(methods), full, tensors)
+        nothing = dict.fromkeys(methods)
+        return AdapterFile(folder, None, methods, nothing, {name: [] for name in methods}, nothing, full, tensors)
     check_description(described, folder)
     bases = {name: values.get("base") for name, values in described["sites"].items()}
     adapted = {name.rpartition(".")[0] for name in described["sites"]}
     full = {name: peft_format.full_name(name, adapted) for name in described["trained_in_full"]}
-    return AdapterFile(folder, described["root"], methods_of(described, folder), bases, full, tensors)
+    methods, layouts = methods_of(described, folder), layouts_of(described, folder)
+    return AdapterFile(folder, described["root"], methods, {**layouts}, tied_of(described), bases, full, tensors)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from torch import nn
 
+from lightning_lora.adapter import Adapter
 from lightning_lora.sites import Site
 
 _FILE_WIDTH = 200  # a log file has no width of its own, and rich would take 80 columns
@@ -23,10 +24,9 @@ def rows(found: list[Site], task: str = "default") -> list[tuple[str, ...]]:
     groups: dict[tuple[str, str, str, str], list[tuple[str, int]]] = {}
     for site in found:
         adapter = site.adapter(task)
-        up, down = (factor.shape for factor in adapter.factors())
         key = (
             re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", site.name),
-            f"{up[0]} x {down[1]}",
+            shape_of(adapter),
             str(adapter.method.r),
             f"{adapter.method.alpha:g}",
         )
@@ -36,6 +36,13 @@ def rows(found: list[Site], task: str = "default") -> list[tuple[str, ...]]:
         name = members[0][0] if len(members) == 1 else pattern
         table.append((name, str(len(members)), shape, r, alpha, f"{sum(n for _, n in members):,}"))
     return table
+
+
+def shape_of(adapter: Adapter) -> str:
+    """Return the shape of the matrix, or of the stack of matrices, that an adapter changes, as text."""
+    up, down = adapter.factors()
+    shape = f"{up.shape[-2]} x {down.shape[-1]}"
+    return shape if up.dim() == 2 else f"{up.shape[0]} of {shape}"
 
 
 def totals(model: nn.Module) -> str:

@@ -92,7 +92,7 @@ def _network_files(
     several: bool,
 ) -> dict[str, bytes]:
     network = named_submodules(model)[root]
-    described = describe(list(inside.values()), task, root, full, prints)
+    described = describe(model, list(inside.values()), task, root, full, prints)
     methods = {relative(name, root): site.adapter(task).method for name, site in inside.items()}
     fields, reason = peft_format.config(network, methods, full)
     if reason is not None:
@@ -100,7 +100,8 @@ def _network_files(
     tensors: dict[str, Tensor] = {}
     for name, site in inside.items():
         for factor in site.adapter(task).state_dict():
-            live = join(name.rpartition(".")[0], "adapters", site.parameter, task, factor)
+            module, _, key = name.rpartition(".")
+            live = join(module, "adapters", key, task, factor)
             tensors[peft_format.tensor_name(network, relative(name, root), factor)] = state[live]
     adapted = {name.rpartition(".")[0] for name in methods}
     for name in full:

@@ -10,10 +10,15 @@ import torch
 from torch import nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.layout import Layout
 
 
 class Slot(nn.ModuleDict):
-    """The adapters of one parameter, by task.
+    """The adapters of one parameter, or of some of its rows, by task.
+
+    Args:
+        parameter: The parameter's name in its module.
+        layout: How the parameter lies as the matrix that the adapters change.
 
     Attributes:
         active: The tasks in use, in the order in which their changes are added.
@@ -21,8 +26,10 @@ class Slot(nn.ModuleDict):
         shadowed: Whether a reader has put the adapted weight in place for the length of its forward.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameter: str, layout: Layout) -> None:
         super().__init__()
+        self.parameter = parameter
+        self.layout = layout
         self.active: tuple[str, ...] = ()
         self.merged = False
         self.shadowed = False
@@ -46,7 +53,7 @@ class Slot(nn.ModuleDict):
 
 
 class Site(NamedTuple):
-    """One adapted matrix: ``name`` is its key in the base's state dict."""
+    """One adapted matrix: ``name`` is its key in the base's state dict, with the part in brackets where it is one."""
 
     name: str
     module: nn.Module
@@ -55,7 +62,7 @@ class Site(NamedTuple):
     @property
     def slot(self) -> Slot:
         """The adapters that sit here."""
-        slot = slot_of(self.module, self.parameter)
+        slot = slots_of(self.module).get(self.name.rpartition(".")[2])
         if slot is None:
             raise ValueError(f"{self.name} is not adapted, or not any more")
         return slot
@@ -69,17 +76,16 @@ class Site(NamedTuple):
         return self.slot[task]  # type: ignore[return-value]
 
 
-def slot_of(module: nn.Module, parameter: str) -> Slot | None:
-    """Return the slot of a module's parameter, or None where nothing is adapted."""
-    adapters = module._modules.get("adapters")
-    return adapters._modules.get(parameter) if isinstance(adapters, nn.ModuleDict) else None  # type: ignore[return-value]
-
-
 def slots_of(module: nn.Module) -> dict[str, Slot]:
-    """Return all slots of a module, by parameter; none where nothing on it is adapted."""
+    """Return all slots of a module, by the last part of their sites' names; none where nothing on it is adapted."""
     adapters = module._modules.get("adapters")
     inner = adapters._modules if isinstance(adapters, nn.ModuleDict) else {}
-    return {parameter: slot for parameter, slot in inner.items() if isinstance(slot, Slot)}
+    return {key: slot for key, slot in inner.items() if isinstance(slot, Slot)}
+
+
+def slots_at(module: nn.Module, parameter: str) -> list[Slot]:
+    """Return the slots of one parameter of a module: several where parts of it are adapted."""
+    return [slot for slot in slots_of(module).values() if slot.parameter == parameter]
 
 
 def added_modules(model: nn.Module) -> set[int]:
@@ -119,6 +125,24 @@ def sites(model: nn.Module, task: str | None = None) -> list[Site]:
     return list(_sites(model, task))
 
 
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return, by site name, the further names under which a tied weight shares the site's adapters.
+
+    Args:
+        model: The adapted model.
+    """
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for key, slot in slots_of(module).items():
+            name = clean(join(prefix, key))
+            if first.setdefault(id(slot), name) == name:
+                found[name] = []
+            else:
+                found[first[id(slot)]].append(name)
+    return found
+
+
 @contextmanager
 def hidden(model: nn.Module) -> Iterator[None]:
     """Take all adapters out of sight for the length of a ``with`` block: the model has its plain parameters only.
@@ -135,7 +159,9 @@ def hidden(model: nn.Module) -> Iterator[None]:
 
 
 def _sites(model: nn.Module, task: str | None) -> Iterator[Site]:
+    seen: set[int] = set()  # tied weights share one slot
     for prefix, module in model.named_modules():
-        for parameter, slot in slots_of(module).items():
-            if task is None or task in slot:
-                yield Site(clean(join(prefix, parameter)), module, parameter)
+        for key, slot in slots_of(module).items():
+            if id(slot) not in seen and (task is None or task in slot):
+                seen.add(id(slot))
+                yield Site(clean(join(prefix, key)), module, slot.parameter)

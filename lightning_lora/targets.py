@@ -6,26 +6,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lightning_lora.layers import KINDS, AdaptedLayer, kind_of
-from lightning_lora.sites import Site, added_modules, clean, join
+from lightning_lora.candidates import Candidate, candidates, joined, of_known_kind
+from lightning_lora.layers import KINDS, kind_of
+from lightning_lora.layers.seam import AdaptedLayer
+from lightning_lora.sites import added_modules, clean, join
 
 ALL_LINEAR = "all-linear"
 V = TypeVar("V")
-_FAR = 0.1  # relative; quantized layers stay below, masks and scales do not
-
-
-class Candidate(NamedTuple):
-    """A matrix that could be adapted, and every name that a pattern may call it by."""
-
-    site: Site
-    shape: tuple[int, int]
-    names: frozenset[str]
+Parts = Mapping[str, Sequence[str] | Mapping[str, int]]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -38,28 +30,48 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def candidates(model: nn.Module) -> list[Candidate]:
-    """Return every matrix of ``model`` that can be adapted, each once, with all names it is registered under."""
-    found: dict[tuple[int, str], Candidate] = {}
-    read_by: dict[tuple[int, str], set[str]] = {}
-    for raw_name, module in model.named_modules(remove_duplicate=False):
-        kind = kind_of(module)
-        if kind is None:
-            continue
-        name = clean(raw_name)
-        if issubclass(kind.adapts, nn.MultiheadAttention):
-            for owner, parameter in kind.reads(module):
-                read_by.setdefault((id(owner), parameter), set()).add(name)
-        for parameter in kind.matrices(module):
-            key = (id(module), parameter)
-            names = frozenset({name, join(name, parameter)})
-            if key in found:
-                found[key] = found[key]._replace(names=found[key].names | names)
-            else:
-                found[key] = Candidate(
-                    Site(join(name, parameter), module, parameter), kind.shape(module, parameter), names
-                )
-    return [one._replace(names=one.names | read_by.get(key, set())) for key, one in found.items()]
+def with_parts(available: list[Candidate], fused: Parts) -> list[Candidate]:
+    """Return the candidates with those that hold several matrices in one replaced by their parts.
+
+    Args:
+        available: The candidates.
+        fused: Names or globs of fused matrices, each with the names of its equal parts in order, or with the number of
+            rows of each part by name.
+
+    Raises:
+        ValueError: If an entry fits nothing, or the parts do not make up the whole.
+    """
+    for pattern, parts in fused.items():
+        own = [
+            one
+            for one in available
+            if matches(pattern, one.site.name) or matches(pattern, one.site.name.rpartition(".")[0])
+        ]
+        if not own:
+            raise ValueError(f"fused entry {pattern!r} matches nothing. {_nearest(pattern, available)}")
+        replaced = {one.site.name: _parts(one, pattern, parts) for one in own}
+        available = [part for one in available for part in replaced.get(one.site.name, [one])]
+    return available
+
+
+def _parts(one: Candidate, pattern: str, parts: Sequence[str] | Mapping[str, int]) -> list[Candidate]:
+    if len(one.shape) != 2 or one.layout.looked_up or one.layout.rows is not None or not one.linear:
+        raise ValueError(f"fused entry {pattern!r} fits {one.site.name}, which is no linear layer's matrix as a whole")
+    total = one.shape[0]
+    if not isinstance(parts, Mapping):
+        parts = dict.fromkeys(parts, total // max(1, len(parts)))
+    if sum(parts.values()) != total or min(parts.values(), default=0) < 1:
+        raise ValueError(
+            f"fused[{pattern!r}]={dict(parts)} has {sum(parts.values())} rows, but {one.site.name} has {total}: "
+            "give the rows of each part, such as {'q': 64, 'k': 16, 'v': 16}"
+        )
+    found, start = [], 0
+    for name, rows in parts.items():
+        if not name.isidentifier():
+            raise ValueError(f"fused[{pattern!r}]: {name!r} is no name for a part: use letters, digits and '_'")
+        found.append(one.part(name, (start, start + rows)))
+        start += rows
+    return found
 
 
 def find_targets(
@@ -67,21 +79,24 @@ def find_targets(
     target_modules: str | Sequence[str],
     exclude_modules: Sequence[str] = (),
     modules_to_save: Sequence[str] = (),
+    fused: Parts | None = None,
 ) -> list[Candidate]:
     """Return the matrices that the patterns choose.
 
     Args:
         model: Any module.
-        target_modules: ``"all-linear"`` for every matrix of every known layer but the output head that a transformers
+        target_modules: ``"all-linear"`` for every linear layer and attention but the output head that a transformers
             model declares; or a list of names or globs, each matched against whole names or their ends; or one string,
-            taken as a regular expression for whole names (as PEFT does).
+            taken as a regular expression for whole names (as PEFT does). A parameter of a module of no known kind is
+            meant only by an entry that ends in its very name.
         exclude_modules: Names or globs to leave out.
         modules_to_save: Names or globs of what is trained in full instead, with everything inside it.
+        fused: As for ``with_parts``.
 
     Raises:
         ValueError: If an entry matches nothing, or nothing is left; it names the entry and the nearest names.
     """
-    available = candidates(model)
+    available = with_parts(candidates(model), fused or {})
     left_out = _excluded(model, exclude_modules, "exclude_modules") | _excluded(
         model, modules_to_save, "modules_to_save"
     )
@@ -92,7 +107,8 @@ def find_targets(
             expression = re.compile(target_modules)
         except re.error as error:
             raise ValueError(f"target_modules={target_modules!r} is not a regular expression: {error}") from None
-        chosen = [one for one in available if any(expression.fullmatch(name) for name in one.names)]
+        layers = [one for one in available if of_known_kind(one)]
+        chosen = [one for one in layers if any(expression.fullmatch(name) for name in one.names)]
         if not chosen:
             hint = (
                 f"; a name goes in a list: target_modules=[{target_modules!r}]" if target_modules.isidentifier() else ""
@@ -110,7 +126,13 @@ def find_targets(
             f"nothing is left to adapt: target_modules={target_modules!r} chose {len(chosen)} matrices, and "
             f"exclude_modules={list(exclude_modules)!r} and modules_to_save={list(modules_to_save)!r} took out all"
         )
-    return kept
+    return joined(kept)
+
+
+def _means(pattern: str, one: Candidate) -> bool:
+    """Tell whether a name or glob means a candidate; a glob never means a parameter of an unknown kind of module."""
+    named = pattern.rpartition(".")[2] == one.site.parameter
+    return (named or of_known_kind(one)) and any(matches(pattern, name) for name in one.names)
 
 
 def _all_linear(model: nn.Module, available: list[Candidate], left_out: set[int]) -> list[Candidate]:
@@ -129,20 +151,15 @@ def _all_linear(model: nn.Module, available: list[Candidate], left_out: set[int]
             f"{what} cannot adapt {first}, a {type(module).__name__}{others}: {_known()}. Leave out what is to stay "
             f"frozen with exclude_modules={_ends(unknown)}, or name what is to be adapted with target_modules=[...]"
         )
-    if not available:
-        raise ValueError(f"{what} found no layer to adapt in {type(model).__name__}: {_known()}")
-    chosen = [one for one in available if id(one.site.module) not in heads]
-    if not chosen:
+    linear = [one for one in available if one.linear]
+    if not linear:
+        named = [one.site.name.rpartition(".")[0] or one.site.name for one in available if of_known_kind(one)]
+        write = f"; write target_modules={_ends(named)}" if named else ""
+        raise ValueError(f"{what} found no linear layer in {type(model).__name__}: {_known()}{write}")
+    chosen = [one for one in linear if id(one.site.module) not in heads]
+    if all(id(one.site.module) in left_out for one in chosen) and heads:
         names = [clean(name) for name, module in model.named_modules() if id(module) in heads]
         raise ValueError(f"{what} leaves out the output head, and {names[0]} is all there is: target_modules={names}")
-    for one in chosen:
-        if id(one.site.module) not in left_out and _computes_otherwise(one.site.module):
-            name = one.site.name.rpartition(".")[0]
-            raise ValueError(
-                f"{what} does not adapt {name}: the forward of {type(one.site.module).__name__} does not compute "
-                "x @ weight.T + bias (it masks or scales, say), so an adapter would not be a change of its weight. "
-                f"Leave it out with exclude_modules=['{name}'], or choose it by name with target_modules=[...]"
-            )
     return chosen
 
 
@@ -150,29 +167,8 @@ def _looks_linear(module: nn.Module) -> bool:
     """Tell whether a module is, by its class's name, a linear layer of a kind that is not known."""
     name = type(module).__name__
     holds_tensors = bool(module._parameters or module._buffers)
-    like = name == "Linear" or (holds_tensors and ("Linear" in name or name == "Conv1D"))
+    like = name == "Linear" or (holds_tensors and "Linear" in name)
     return like and not any(kind_of(inner) for inner in module.modules())
-
-
-def _computes_otherwise(module: nn.Module) -> bool:
-    """Tell whether a subclass of ``nn.Linear`` has a forward that is far from its base's, by running both."""
-    if not isinstance(module, nn.Linear) or isinstance(module, AdaptedLayer):
-        return False
-    weight = module.weight
-    if type(module).forward is nn.Linear.forward or weight.is_meta or not weight.is_floating_point():
-        return False
-    values = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device)
-    x = values.view(2, module.in_features)
-    mode = module.training
-    module.training = False
-    try:
-        with torch.no_grad():
-            expected = F.linear(x, weight, module.bias)
-            return bool((module.forward(x) - expected).norm() > _FAR * expected.norm())
-    except (RuntimeError, TypeError, AttributeError):  # a forward of another signature, or weights of another layout
-        return False
-    finally:
-        module.training = mode
 
 
 def _ends(names: Iterable[str]) -> list[str]:
@@ -186,7 +182,7 @@ def _listed(model: nn.Module, available: list[Candidate], patterns: Sequence[str
         raise ValueError(f"target_modules=[] adapts nothing: write target_modules='{ALL_LINEAR}' or a list of names")
     chosen: dict[str, Candidate] = {}
     for pattern in patterns:
-        hits = [one for one in available if any(matches(pattern, name) for name in one.names)]
+        hits = [one for one in available if _means(pattern, one)]
         if not hits:
             raise ValueError(_why_no_match(model, available, pattern))
         chosen.update((one.site.name, one) for one in hits)
@@ -280,9 +276,9 @@ def _output_heads(model: nn.Module) -> set[int]:
 
 
 def _known() -> str:
-    return "layers that can be adapted are " + ", ".join(
-        f"nn.{kind.adapts.__name__}" for kind in KINDS if kind.matrices is not AdaptedLayer.matrices
-    )
+    kinds = [kind for kind in KINDS if kind.matrices is not AdaptedLayer.matrices]
+    names = [plain.__name__ for kind in kinds for plain in kind.adapts]
+    return f"layers that can be adapted are {', '.join(names)}, transformers' Conv1D, and any matrix named in full"
 
 
 def _unmatched(model: nn.Module, pattern: str, option: str) -> str:
@@ -291,7 +287,8 @@ def _unmatched(model: nn.Module, pattern: str, option: str) -> str:
 
 
 def _nearest(pattern: str, available: Iterable[Candidate]) -> str:
-    names = [name for one in available for name in sorted(one.names)]
+    usual_first = sorted(available, key=lambda one: (not one.linear, not of_known_kind(one)))
+    names = [name for one in usual_first for name in sorted(one.names)]
     return _suggest(pattern, [name for name in names if name.rpartition(".")[2] not in ("", "weight")])
 
 

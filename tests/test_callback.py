@@ -816,7 +816,7 @@ class Attending(Lit):
 
 
 def test_dropout_that_attention_cannot_apply_is_said_and_elsewhere_is_not(trainer: Any) -> None:
-    words = r"no effect at 2 matrices of nn.MultiheadAttention \(first: attention.in_proj_weight\)"
+    words = r"no effect at 2 matrices \(first: attention.in_proj_weight\): the forward of their layer reads them"
     with pytest.warns(UserWarning, match=words):
         trainer(callbacks=[LoRACallback(LoRA(r=2, dropout=0.1))], max_epochs=1).fit(Attending(), loader())
     trainer(callbacks=[LoRACallback(LoRA(r=2))], max_epochs=1).fit(Attending(), loader())

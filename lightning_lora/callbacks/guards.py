@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.layers import AdaptedMultiheadAttention
+from lightning_lora.layers.attention import AdaptedMultiheadAttention
+from lightning_lora.layers.embedding import AdaptedEmbedding
+from lightning_lora.layers.seam import Reader
 from lightning_lora.sites import Site, sites
 from lightning_lora.state import mark_trained_in_full, marked
 
@@ -214,7 +216,7 @@ def check_present(model: nn.Module, found: list[Site]) -> None:
 
 
 def without_dropout(model: nn.Module, found: list[Site]) -> list[str]:
-    """Return the sites whose adapters ask for dropout in vain, because attention reads their weights and has no input.
+    """Return the sites whose adapters ask for dropout in vain: their weights are read or looked up, and have no input.
 
     Args:
         model: The adapted model.
@@ -229,7 +231,8 @@ def without_dropout(model: nn.Module, found: list[Site]) -> list[str]:
     return [
         site.name
         for site in found
-        if (id(site.module), site.parameter) in read and any(site.adapter(task).dropout for task in site.slot.active)
+        if ((id(site.module), site.parameter) in read or isinstance(site.module, Reader | AdaptedEmbedding))
+        and any(site.adapter(task).dropout for task in site.slot.active)
     ]
 
 

@@ -50,6 +50,8 @@ class LoRACallback(Callback):
         bias: Which biases are trained in full: none, those of adapted modules, or all.
         rank_pattern: Other ranks, by name or glob; the first that fits decides.
         alpha_pattern: Other alphas, likewise.
+        fused: Layers that hold several matrices in one, by name or glob, with the names of their equal parts in order
+            or with the rows of each part; each part has an adapter of its own.
         lr_ratio: Learning rate of B divided by that of A (LoRA+); 1 is plain LoRA.
         weight_decay: Weight decay by role (A, B, ...) where it differs from the optimizer's.
         dtype: Floating-point type of the adapters; by default fp32, or wider where the layer is.
@@ -69,6 +71,7 @@ class LoRACallback(Callback):
         bias: Bias = "none",
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        fused: dict[str, list[str] | dict[str, int]] | None = None,
         lr_ratio: float = 1.0,
         weight_decay: dict[Role, float] | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
@@ -85,6 +88,7 @@ class LoRACallback(Callback):
         self.bias = bias
         self.rank_pattern = rank_pattern
         self.alpha_pattern = alpha_pattern
+        self.fused = fused
         self.lr_ratio = lr_ratio
         self.weight_decay = weight_decay
         self.dtype = dtype
@@ -135,6 +139,7 @@ class LoRACallback(Callback):
             bias=self.bias,
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,
+            fused=self.fused,
             seed=int(seed) if seed is not None else 0,
             dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
         )
@@ -143,8 +148,8 @@ class LoRACallback(Callback):
             vain = without_dropout(pl_module, self._found)
             if vain:
                 rank_zero_warn(
-                    f"the adapters' dropout has no effect at {len(vain)} matrices of nn.MultiheadAttention "
-                    f"(first: {vain[0]}): it reads their weights instead of calling them on an input"
+                    f"the adapters' dropout has no effect at {len(vain)} matrices (first: {vain[0]}): the forward of "
+                    "their layer reads them, or looks rows up, instead of multiplying an input by them"
                 )
         if stage == "fit":
             check_norms(trainer, pl_module)

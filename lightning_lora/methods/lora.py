@@ -73,9 +73,11 @@ class LoRA(Method):
         if self.scaling not in ("linear", "rsqrt"):
             raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
 
-    def build(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Adapter:
-        """Create the adapter of one (out, in) matrix."""
-        return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype)
+    def build(
+        self, shape: tuple[int, ...], *, seed: int, device: torch.device, dtype: torch.dtype, looked_up: bool = False
+    ) -> Adapter:
+        """Create the adapter of one (out, in) matrix, or of a stack of them."""
+        return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, looked_up=looked_up)
 
     def peft_config(self) -> dict[str, Any]:
         """Return PEFT's names for these fields."""
@@ -117,29 +119,47 @@ class LoRA(Method):
 
 
 class LoRAAdapter(Adapter):
-    """The pair ``lora_A`` (r, in), ``lora_B`` (out, r)."""
+    """The pair ``lora_A`` (r, in), ``lora_B`` (out, r); with one more dimension in front for a stack of matrices."""
 
     roles: ClassVar[dict[str, Role]] = {"lora_A": "A", "lora_B": "B"}
 
     def __init__(
-        self, method: LoRA, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype
+        self,
+        method: LoRA,
+        shape: tuple[int, ...],
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        looked_up: bool,
     ) -> None:
         super().__init__()
-        out_features, in_features = shape
+        *stack, out_features, in_features = shape
         self.method = method
         self.seed = seed
+        self.looked_up = looked_up
         self.dropout = method.dropout
         self.scaling = method.alpha / (math.sqrt(method.r) if method.scaling == "rsqrt" else method.r)
-        self.lora_A = nn.Parameter(torch.empty(method.r, in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(out_features, method.r, device=device, dtype=dtype))
+        self.lora_A = nn.Parameter(torch.empty(*stack, method.r, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(*stack, out_features, method.r, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw ``lora_A`` as ``nn.Linear`` draws its weight (the released code, not the paper's Gaussian); zero B."""
+        """Draw ``lora_A`` as the released code does, and set ``lora_B`` to zero.
+
+        ``lora_A`` is drawn like the weight of an ``nn.Linear`` (not by the paper's Gaussian), and from a standard
+        normal distribution where rows are looked up. In an embedding it is the factor that the released code calls
+        ``lora_B``: the one that is looked up starts at zero in both.
+        """
         if self.lora_A.is_meta:
             return
         drawn = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.looked_up:
+            drawn.normal_(generator=generator)
+        else:
+            bound = 1 / math.sqrt(drawn.shape[-1])
+            drawn.uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             self.lora_A.copy_(drawn)
             self.lora_B.zero_()

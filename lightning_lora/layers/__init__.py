@@ -1,0 +1,65 @@
+"""What adapters do on each kind of layer.
+
+A *called* layer is run by its owner, so adapters add their step to its output. A *reader* looks at weights without
+calling the layers that own them, so during its forward the adapted weights stand in for the plain ones.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_lora.layers.attention import (
+    AdaptedMultiheadAttention,
+    AdaptedTransformerEncoder,
+    AdaptedTransformerEncoderLayer,
+)
+from lightning_lora.layers.convolution import AdaptedConvolution, AdaptedConvTranspose
+from lightning_lora.layers.embedding import AdaptedEmbedding
+from lightning_lora.layers.linear import AdaptedConv1D, AdaptedLinear
+from lightning_lora.layers.parameters import AdaptedParameters
+from lightning_lora.layers.recurrent import AdaptedCell, AdaptedRecurrent
+from lightning_lora.layers.seam import AdaptedLayer, Called, plain_class, swap, unswap
+from lightning_lora.sites import slots_at, slots_of
+
+KINDS: tuple[type[AdaptedLayer], ...] = (
+    AdaptedLinear,
+    AdaptedConv1D,
+    AdaptedEmbedding,
+    AdaptedConvolution,
+    AdaptedConvTranspose,
+    AdaptedMultiheadAttention,
+    AdaptedTransformerEncoderLayer,
+    AdaptedTransformerEncoder,
+    AdaptedRecurrent,
+    AdaptedCell,
+)
+
+
+def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
+    """Return the kind of a layer, or None for a module of no known kind."""
+    plain = plain_class(module)
+    return next((kind for kind in KINDS if kind.fits(plain)), None)
+
+
+def swap_layer(module: nn.Module) -> None:
+    """Give a module the class in which the adapters on its own parameters work.
+
+    A known layer whose class has another forward than PyTorch's is treated as one that reads its weight, unless that
+    forward computes the same.
+    """
+    kind = kind_of(module)
+    if kind is None or (issubclass(kind, Called) and not kind.computes_as_plain(module)):
+        kind = AdaptedParameters
+    swap(module, kind)
+
+
+def swap_readers(model: nn.Module) -> None:
+    """Swap every reader of an adapted weight, and swap back those whose weights are adapted no longer."""
+    for module in model.modules():
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        if any(slots_at(owner, parameter) for owner, parameter in kind.reads(module)):
+            swap(module, kind)
+        elif not slots_of(module):
+            unswap(module)

@@ -1,0 +1,203 @@
+"""The class swap: a subclass of a layer's own class, made once, in which adapters do their work.
+
+Setting a module's ``__class__`` to it changes nothing else: names in the state dict, ``isinstance``, ``module.weight``,
+hooks and references stay.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.layout import Layout
+from lightning_lora.sites import Slot, slots_at, slots_of
+
+
+class AdaptedLayer(nn.Module):
+    """Mixin of every class that takes a plain layer's place.
+
+    Attributes:
+        plain: The class that the module had, and gets back.
+        adapts: The classes, each with all that derive from it, that this kind is for.
+        linear: Whether ``"all-linear"`` means this kind.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
+    linear: ClassVar[bool] = False
+
+    @classmethod
+    def fits(cls, plain: type[nn.Module]) -> bool:
+        """Tell whether layers of a class are of this kind."""
+        return issubclass(plain, cls.adapts)
+
+    @staticmethod
+    def matrices(module: nn.Module) -> list[str]:
+        """Return the names of the module's own parameters that can be adapted."""
+        return []
+
+    @staticmethod
+    def layout(module: nn.Module, parameter: str) -> Layout:
+        """Return how such a parameter lies as a matrix."""
+        return Layout()
+
+    @staticmethod
+    def size(module: nn.Module, parameter: str) -> tuple[int, ...]:
+        """Return the size that such a parameter has, or would have if it were not packed."""
+        return tuple(getattr(module, parameter).shape)
+
+    @staticmethod
+    def reads(module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Return the (owner, parameter) pairs that the module's forward reads instead of calling the owner."""
+        return []
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the plain class, because the adapted one has no importable name."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        kind = type(self).__mro__[1]
+        return (_new_adapted, (kind, type(self).plain, *reduced[1][1:]), *reduced[2:])
+
+
+class Called(AdaptedLayer):
+    """A layer that its owner runs: each adapter in use adds its step to the output."""
+
+    @classmethod
+    def computes_as_plain(cls, module: nn.Module) -> bool:
+        """Tell whether a layer's class has the forward that the step is made for, or one that computes the same."""
+        forward = plain_class(module).forward
+        return any(forward is plain.forward for plain in cls.adapts)
+
+    @staticmethod
+    def step(adapter: Adapter, layer: nn.Module, output: Tensor, input: Tensor) -> Tensor:
+        """Return the output plus what the adapter adds to it.
+
+        Args:
+            adapter: The adapter.
+            layer: The layer that it sits on.
+            output: What the layer gave, or those of its units that the adapter changes.
+            input: What it was given.
+        """
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the plain layer, then add each adapter in use."""
+        output: Tensor = super().forward(*args, **kwargs)
+        input = args[0] if args else next(iter(kwargs.values()))
+        for slot in slots_of(self).values():
+            for adapter in slot.in_use():
+                output = self._changed(slot, adapter, output, input)
+        return output
+
+    def _changed(self, slot: Slot, adapter: Adapter, output: Tensor, input: Tensor) -> Tensor:
+        rows = slot.layout.rows
+        if rows is None:
+            return adapter(type(self).step, self, output, input)  # type: ignore[no-any-return]
+        before, part, after = output.tensor_split(rows, -1)
+        return torch.cat([before, adapter(type(self).step, self, part, input), after], -1)
+
+
+class Reader(AdaptedLayer):
+    """A layer whose forward reads weights, its own or of others: the adapted ones stand in for them meanwhile.
+
+    A stand-in is an entry of the owner's instance dictionary, where Python looks before ``nn.Module.__getattr__``; the
+    registered parameters never change.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plain forward on adapted weights."""
+        shadowed: list[tuple[nn.Module, str]] = []
+        try:
+            for owner, parameter in self.reads(self):
+                weight = adapted_weight(owner, parameter)
+                if weight is None:
+                    continue
+                owner.__dict__[parameter] = weight
+                shadowed.append((owner, parameter))
+                for slot in slots_at(owner, parameter):
+                    slot.shadowed = True
+            return super().forward(*args, **kwargs)
+        finally:
+            for owner, parameter in shadowed:
+                del owner.__dict__[parameter]
+                for slot in slots_at(owner, parameter):
+                    slot.shadowed = False
+
+
+def adapted_weight(owner: nn.Module, parameter: str) -> Tensor | None:
+    """Return a weight with all adapters in use in it, or None where there is none.
+
+    Args:
+        owner: The module that has the parameter.
+        parameter: Its name.
+    """
+    in_use = [(slot, adapter) for slot in slots_at(owner, parameter) for adapter in slot.in_use()]
+    if not in_use:
+        return None
+    weight: Tensor = getattr(owner, parameter)
+    for slot, adapter in in_use:
+        weight = slot.layout.put(weight, adapter(Adapter.adapted, slot.layout.matrix(weight)))
+    return weight
+
+
+_classes: dict[tuple[type[AdaptedLayer], type[nn.Module]], type[nn.Module]] = {}
+
+
+def adapted_class(kind: type[AdaptedLayer], plain: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of a plain layer class that adapters work in, one for all its instances.
+
+    Args:
+        kind: What adapters do in it.
+        plain: The class of the layer.
+    """
+    if (kind, plain) not in _classes:
+        namespace = {"plain": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+        _classes[kind, plain] = type(f"Adapted{plain.__name__}", (kind, plain), namespace)
+    return _classes[kind, plain]
+
+
+def _new_adapted(kind: type[AdaptedLayer], plain: type[nn.Module], *args: Any) -> nn.Module:
+    cls = adapted_class(kind, plain)
+    return cls.__new__(cls, *args)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has without adapters."""
+    return type(module).plain if isinstance(module, AdaptedLayer) else type(module)
+
+
+def swap(module: nn.Module, kind: type[AdaptedLayer]) -> None:
+    """Give a module its adapted class; once is enough.
+
+    Args:
+        module: The layer.
+        kind: What adapters do in it.
+    """
+    if not isinstance(module, AdaptedLayer):
+        module.__class__ = adapted_class(kind, type(module))
+        _rebind_hooked_forward(module)
+
+
+def unswap(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if isinstance(module, AdaptedLayer):
+        module.__class__ = type(module).plain  # type: ignore[assignment]
+        _rebind_hooked_forward(module)
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Tell whether a module's own instance has another forward, which a class swap does not reach.
+
+    Those of accelerate's hooks are no such: they run the forward that they keep as ``_old_forward``.
+    """
+    return "forward" in module.__dict__ and "_old_forward" not in module.__dict__
+
+
+def _rebind_hooked_forward(module: nn.Module) -> None:
+    """Let accelerate's hooks run the forward of the class that the module has now."""
+    kept = module.__dict__.get("_old_forward")
+    if isinstance(kept, MethodType) and kept.__self__ is module:
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
