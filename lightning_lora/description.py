@@ -125,20 +125,20 @@ def fingerprint(found: list[Site]) -> dict[str, str | None]:
     Args:
         found: Sites whose weights hold the base's values.
     """
-    return {site.name: digest(getattr(site.module, site.parameter)) for site in found}
+    return {site.name: digest(site.weight) for site in found}
 
 
 @torch.no_grad()
-def digest(weight: Tensor) -> str | None:
+def digest(weight: Tensor | None) -> str | None:
     """Return a short digest of a weight's shape and of 64 evenly spaced blocks of 64 of its values.
 
     Values are rounded to bf16 first, so a weight has the same digest in fp32 and in bf16. On the meta device there is
     none.
 
     Args:
-        weight: Any tensor.
+        weight: Any tensor; None is a weight that is computed, which has no digest.
     """
-    if weight.is_meta:
+    if weight is None or weight.is_meta:
         return None
     flat = weight.detach().reshape(-1)
     last = max(0, flat.numel() - _BLOCK)

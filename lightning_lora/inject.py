@@ -9,10 +9,11 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_lora.candidates import Candidate
 from lightning_lora.layers import kind_of, swap_layer, swap_readers
-from lightning_lora.layers.seam import replaced_forward, unswap
+from lightning_lora.layers.seam import Called, replaced_forward, unswap
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.sites import Site, Slot, clean, sites, slots_of
@@ -207,11 +208,13 @@ def _check_one_method(model: nn.Module, methods: Sequence[Method], task: str) ->
 
 def _check_layer(site: Site) -> None:
     name = site.name.rpartition(".")[0]
-    if site.parameter not in site.module._parameters:
+    kind = kind_of(site.module)
+    settable = is_parametrized(site.module, site.parameter) and kind is not None and issubclass(kind, Called)
+    if site.parameter not in site.module._parameters and not settable:
         raise ValueError(
-            f"{site.name} is no parameter but computed from others (spectral norm, weight norm, pruning), so an "
-            f"adapter cannot be added to it: leave it out with exclude_modules=['{name}'], train it in full with "
-            f"modules_to_save=['{name}'], or remove what computes it from the module first"
+            f"{site.name} is no parameter but computed from others (by a hook, as old weight norm and pruning do), so "
+            f"an adapter could not be merged into it: leave it out with exclude_modules=['{name}'], train it in full "
+            f"with modules_to_save=['{name}'], or remove what computes it from the module first"
         )
     if hasattr(site.module, "adapters") and not slots_of(site.module):
         raise ValueError(f"{site.name}: its module already has an attribute called 'adapters', the name we need")

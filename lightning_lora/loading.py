@@ -210,9 +210,8 @@ def _described(
     absent = [other for other in tied if whole(other) not in available]
     if absent:
         raise AdapterError(f"{path}: {name} shares its adapter with {some(absent)}, which the model does not have")
-    weight = getattr(one.site.module, one.site.parameter)
     sites = [available[whole(other)].site for other in tied]
-    if any(getattr(site.module, site.parameter) is not weight for site in sites):
+    if any(site.weight is not one.site.weight for site in sites):
         raise AdapterError(
             f"{path}: {name} was tied to {some(tied)}, and in this model it is not: tie them again first"
         )
@@ -263,7 +262,7 @@ def _factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str, T
 
 
 def _check_device(found: list[Site], path: Path) -> None:
-    absent = [site.name for site in found if getattr(site.module, site.parameter).is_meta]
+    absent = [site.name for site in found if site.weight is not None and site.weight.is_meta]
     if absent:
         raise AdapterError(f"{path}: {some(absent)} is on the meta device: give the base its values, then load")
 

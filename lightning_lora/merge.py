@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_lora.inject import remove
 from lightning_lora.layers.seam import adapted_weight
 from lightning_lora.sites import Slot, clean, join, sites, slots_at
+
+_ROUNDING = 16  # in units of the last place, relative to the whole matrix
 
 
 class _Adapted(NamedTuple):
@@ -35,8 +38,8 @@ def merge_(model: nn.Module) -> nn.Module:
         The same object, for chaining.
 
     Raises:
-        ValueError: If nothing is adapted, or an adapted weight is tied to that of a layer without the adapter, or is
-            quantized.
+        ValueError: If nothing is adapted, or an adapted weight is tied to that of a layer without the adapter, is
+            quantized, or is computed by a parametrization that cannot give the merged one.
         RuntimeError: If the model is inside ``merged``.
     """
     adapted = _adapted_parameters(model)
@@ -46,10 +49,16 @@ def merge_(model: nn.Module) -> nn.Module:
                 f"cannot merge into {one.names[0]}: it is tied to {' and '.join(one.tied_to)}, which would change with "
                 "it: untie them first, or adapt both, which then share one adapter; merged(model) works as it is"
             )
-    for one in adapted:
-        weight = adapted_weight(one.owners[0], one.parameter)
-        if weight is not None:
-            getattr(one.owners[0], one.parameter).copy_(weight)
+    with ExitStack() as undo:
+        for one in sorted(adapted, key=lambda one: not _computed(one)):  # those that can fail go first
+            weight = adapted_weight(one.owners[0], one.parameter)
+            if weight is None:
+                continue
+            if _computed(one):
+                undo.callback(_load, one, _set_computed(one, weight))
+            else:
+                getattr(one.owners[0], one.parameter).copy_(weight)
+        undo.pop_all()
     remove(model)
     return model
 
@@ -65,28 +74,59 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         model: The adapted model.
 
     Raises:
-        ValueError: If nothing is adapted, or an adapted weight is quantized.
+        ValueError: If nothing is adapted, or an adapted weight is quantized, or computed as for ``merge_``.
         RuntimeError: If the model is merged already.
     """
-    kept: list[tuple[_Adapted, nn.Parameter]] = []
-    try:
+    with ExitStack() as undo:
         for one in _adapted_parameters(model):
-            plain: nn.Parameter = getattr(one.owners[0], one.parameter)
             with torch.no_grad():
                 weight = adapted_weight(one.owners[0], one.parameter)
-            kept.append((one, plain))
-            _put(one, plain if weight is None else nn.Parameter(weight, requires_grad=False), merged=True)
+            if weight is not None and _computed(one):
+                undo.callback(_load, one, _set_computed(one, weight))
+            elif weight is not None:
+                undo.callback(_put, one, getattr(one.owners[0], one.parameter))
+                _put(one, nn.Parameter(weight, requires_grad=False))
+            for slot in one.slots:
+                undo.callback(setattr, slot, "merged", False)
+                slot.merged = True
         yield model
-    finally:
-        for one, plain in kept:
-            _put(one, plain, merged=False)
 
 
-def _put(one: _Adapted, parameter: nn.Parameter, merged: bool) -> None:
+def _put(one: _Adapted, parameter: nn.Parameter) -> None:
     for owner in one.owners:
         owner._parameters[one.parameter] = parameter
-    for slot in one.slots:
-        slot.merged = merged
+
+
+def _computed(one: _Adapted) -> bool:
+    return is_parametrized(one.owners[0], one.parameter)
+
+
+@torch.no_grad()
+def _set_computed(one: _Adapted, weight: Tensor) -> dict[str, Tensor]:
+    """Set a parametrized weight by what it is computed from, and return the state of that before."""
+    owner = one.owners[0]
+    before = {
+        name: tensor.clone()
+        for name, tensor in owner.parametrizations[one.parameter].state_dict().items()  # type: ignore[index, union-attr]
+    }
+    kinds = ", ".join(type(p).__name__ for p in owner.parametrizations[one.parameter])  # type: ignore[index]
+    try:
+        setattr(owner, one.parameter, weight)
+        error = float((getattr(owner, one.parameter) - weight).norm() / weight.norm())
+    except (RuntimeError, NotImplementedError, ValueError):
+        error = float("inf")
+    if not error <= _ROUNDING * torch.finfo(weight.dtype).eps:
+        _load(one, before)
+        raise ValueError(
+            f"cannot merge into {one.names[0]}: it is computed by {kinds}, which cannot give the merged weight: call "
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {one.parameter!r}) before the adapters are "
+            "injected, or keep the adapter unmerged"
+        )
+    return before
+
+
+def _load(one: _Adapted, state: dict[str, Tensor]) -> None:
+    one.owners[0].parametrizations[one.parameter].load_state_dict(state)  # type: ignore[index, union-attr]
 
 
 def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
@@ -101,12 +141,15 @@ def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
             holders.setdefault(id(parameter), []).append((clean(join(prefix, name)), module, name))
     adapted: dict[tuple[int, str], _Adapted] = {}
     for site in found:
+        slots = slots_at(site.module, site.parameter)
+        if is_parametrized(site.module, site.parameter):
+            adapted[id(site.module), site.parameter] = _Adapted([site.name], [site.module], site.parameter, slots, [])
+            continue
         parameter = getattr(site.module, site.parameter)
         if not parameter.is_floating_point():
             raise ValueError(
                 f"cannot merge into {site.name}: it is stored as {parameter.dtype}; load the base in full precision"
             )
-        slots = slots_at(site.module, site.parameter)
         one = _Adapted([], [], site.parameter, slots, [])
         for name, module, own_name in holders[id(parameter)]:
             if own_name == site.parameter and slots_at(module, own_name) == slots:

@@ -86,7 +86,10 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
         for parameter in home.group["params"]:
             homes.setdefault(parameter, []).append(home)
     weight_of: dict[Tensor, Tensor] = {
-        parameter: getattr(site.module, site.parameter) for site in sites(model) for parameter in site.slot.parameters()
+        parameter: site.weight
+        for site in sites(model)
+        if site.weight is not None
+        for parameter in site.slot.parameters()
     }
     guessed: list[str] = []
     for parameter, name in names.items():

@@ -60,6 +60,11 @@ class Site(NamedTuple):
     parameter: str
 
     @property
+    def weight(self) -> nn.Parameter | None:
+        """The parameter; None where a parametrization computes it, because each look at spectral norm changes it."""
+        return self.module._parameters.get(self.parameter)
+
+    @property
     def slot(self) -> Slot:
         """The adapters that sit here."""
         slot = slots_of(self.module).get(self.name.rpartition(".")[2])

@@ -35,7 +35,7 @@ class Audit:
         self._factors: dict[str, str] = {}
         self._weights: dict[str, Tensor] = {}
         for site in sites(model):
-            self._weights[site.name] = _sample(getattr(site.module, site.parameter))
+            self._weights[site.name] = _sample(site.weight)
             in_use = {id(p) for task in site.slot.active for p in site.adapter(task).parameters()}
             for factor, parameter in site.slot.named_parameters():
                 if parameter.requires_grad and id(parameter) in in_use:
@@ -86,7 +86,7 @@ class Audit:
         )
 
     def _check_weights(self) -> None:
-        now = {site.name: _sample(getattr(site.module, site.parameter)) for site in sites(self.model)}
+        now = {site.name: _sample(site.weight) for site in sites(self.model)}
         written = [
             name
             for name, before in self._weights.items()
@@ -258,9 +258,9 @@ def check_strategy(strategy: object) -> None:
         )
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """Return a copy of some values of a weight; none of one that is sharded or packed."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+def _sample(weight: Tensor | None) -> Tensor:
+    """Return a copy of some values of a weight; none of one that is sharded, packed, or computed from others."""
+    if weight is None or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return torch.empty(0)
     flat = weight.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLE)].clone()
