@@ -622,3 +622,47 @@ def test_the_callback_takes_parts_too(trainer: Any) -> None:
     trainer(callbacks=[callback], max_epochs=1).fit(module, loader())
     assert [site.name for site in sites(module)] == ["net.first.weight[a]", "net.second.weight"]
     assert all(site.adapter("default").lora_B.any() for site in sites(module))
+
+
+# Attention
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"need_weights": True},
+        {"need_weights": True, "average_attn_weights": False},
+        {"need_weights": False, "attn_mask": torch.ones(4, 4, dtype=torch.bool).triu(1)},
+        {"need_weights": False, "is_causal": True, "attn_mask": torch.ones(4, 4, dtype=torch.bool).triu(1)},
+        {"need_weights": True, "key_padding_mask": torch.tensor([[False] * 4, [False, False, True, True]])},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_attention_with_masks_and_weights_is_that_of_its_merged_weights(mode: str, options: dict[str, Any]) -> None:
+    model = adapted(nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=False), ["0"]).train(mode == "training")
+    plain, x = merge_(copy.deepcopy(model)), draw(2, 4, 8)
+    with torch.set_grad_enabled(mode == "training"):
+        outputs, weights = model[0](x, x, x, **options)
+        expected, expected_weights = plain[0](x, x, x, **options)
+    assert close(outputs, expected)
+    assert (weights is None) == (expected_weights is None) == (not options["need_weights"])
+    assert weights is None or close(weights, expected_weights)
+
+
+def test_the_output_projection_of_attention_may_be_adapted_alone() -> None:
+    model = adapted(nn.MultiheadAttention(8, 2, batch_first=True), ["out_proj"])
+    x = draw(2, 4, 8)
+    outputs = model[0](x, x, x)[0]
+    assert close(merge_(model)[0](x, x, x)[0], outputs)
+
+
+def test_rows_of_b_learn_less_the_more_often_they_are_looked_up_where_the_embedding_says_so() -> None:
+    model = adapted(nn.Embedding(9, 5, scale_grad_by_freq=True))
+    twin = adapted(nn.Embedding(9, 5))
+    index = torch.tensor([3, 3, 3, 4])
+    for one in (model, twin):
+        one(index).sum().backward()
+    scaled, plain = factors(model)[0].grad, factors(twin)[0].grad
+    assert close(scaled[3] * 3, plain[3])
+    assert close(scaled[4], plain[4])
