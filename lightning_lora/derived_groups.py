@@ -128,12 +128,12 @@ def link(scheduler: Any, optimizers: Iterable[Optimizer]) -> None:
 
 @contextmanager
 def _hidden(optimizer: Optimizer) -> Iterator[None]:
-    derived = [group for group in optimizer.param_groups if PARENT in group]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if PARENT not in group]
+    every = list(optimizer.param_groups)
+    optimizer.param_groups[:] = [group for group in every if PARENT not in group]
     try:
         yield
     finally:
-        optimizer.param_groups.extend(derived)
+        optimizer.param_groups[:] = every  # in their order: a group that was added in mid-run stays the last one
 
 
 def _follow(optimizer: Optimizer, *_: Any) -> None:
