@@ -21,7 +21,7 @@ PARENT = "lora_parent"
 ROLE = "lora_role"
 INDEX = "lora_index"  # where the parameters stood in the parent, so that a split can be undone
 _PLAN = "lora_plan"
-_SCALED = ("lr", "initial_lr", "max_lr", "min_lr")
+_SCALED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 _OWN = ("params", "param_names", "name", PARENT, ROLE, INDEX, *_SCALED)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_lora.callbacks.guards import frozen_norms
+from lightning_lora.derived_groups import PARENT
 
 _NAMES = {"WeightAveraging", "StochasticWeightAveraging"}  # names, as pytorch_lightning has classes of its own
 
@@ -44,17 +46,35 @@ def check_norms(trainer: Trainer, module: LightningModule) -> None:
             )
 
 
+def extend_rates(trainer: Trainer) -> None:
+    """Let SWA take one rate for each of the user's groups although there are derived groups, which follow these."""
+    groups = trainer.optimizers[0].param_groups
+    derived = [group for group in groups if PARENT in group]
+    for one in averaging_callbacks(trainer):
+        rates: Any = getattr(one, "_swa_lrs", None)
+        if isinstance(rates, list) and len(rates) == len(groups) - len(derived):
+            one._swa_lrs = [*rates, *(rates[group[PARENT]] for group in derived)]  # type: ignore[attr-defined]
+
+
 def leave_frozen_weights(trainer: Trainer) -> None:
     """Keep the average of equal values that very value: rounding would let the frozen base drift."""
     for one in averaging_callbacks(trainer):
-        copied: Any = getattr(one, "_average_model", None)
-        average = getattr(copied, "avg_fn", None)
-        if average is not None:
-            copied.avg_fn = _exact(average)
+        for holder, name in ((getattr(one, "_average_model", None), "avg_fn"), (one, "_avg_fn")):  # EMA's and SWA's
+            average = getattr(holder, name, None)
+            if average is not None and not isinstance(average, _Exact):
+                setattr(holder, name, _Exact(average))
 
 
-def _exact(average: Any) -> Any:
-    def exact(averaged: Tensor, current: Tensor, count: Any) -> Tensor:
-        return torch.where(averaged == current, averaged, average(averaged, current, count))
+class _Exact:
+    """An averaging function that leaves equal values alone.
 
-    return exact
+    Args:
+        average: The function.
+    """
+
+    def __init__(self, average: Callable[[Tensor, Tensor, Any], Tensor]) -> None:
+        self.average = average
+
+    def __call__(self, averaged: Tensor, current: Tensor, count: Any) -> Tensor:
+        """Average two tensors, the first of which is already an average of ``count``."""
+        return torch.where(averaged == current, averaged, self.average(averaged, current, count))

@@ -14,7 +14,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Role
-from lightning_lora.callbacks.averaging import averaging_callbacks, check_norms, check_order, leave_frozen_weights
+from lightning_lora.callbacks.averaging import (
+    averaging_callbacks,
+    check_norms,
+    check_order,
+    extend_rates,
+    leave_frozen_weights,
+)
 from lightning_lora.callbacks.guards import (
     Audit,
     check_connected,
@@ -190,6 +196,7 @@ class LoRACallback(Callback):
             )
         check_present(pl_module, self._found)
         leave_frozen_weights(trainer)
+        extend_rates(trainer)
         self._set_modes(pl_module)  # again: SyncBatchNorm takes the place of other norms
         self._audit = Audit(pl_module) if self.audit else None
 
