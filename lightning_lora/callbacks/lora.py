@@ -21,6 +21,7 @@ from lightning_lora.callbacks.averaging import (
     extend_rates,
     leave_frozen_weights,
 )
+from lightning_lora.callbacks.conflicts import check_conflicts
 from lightning_lora.callbacks.guards import (
     Audit,
     check_connected,
@@ -114,6 +115,7 @@ class LoRACallback(Callback):
         self._adapted_before = bool(sites(pl_module))
         self._wrap(pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, stage, build))
         if stage == "fit":
+            check_conflicts(trainer)
             check_order(trainer, self)
             self._wrap(pl_module, "configure_optimizers", lambda build: self._configure_optimizers(pl_module, build))
         tolerant = pl_module.register_load_state_dict_post_hook(tolerate_missing_base)  # type: ignore[no-untyped-call]
