@@ -199,6 +199,17 @@ def _why_no_match(model: nn.Module, available: list[Candidate], pattern: str) ->
         if any(kind_of(inner) for inner in module.modules()):
             return f"{what}: for all layers inside it write {clean(name) + '.*'!r}"
         return f"{what}, which has no matrix to adapt: {_known()}; to train it in full list it in modules_to_save"
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if matches(pattern, clean(name)):
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            why = (
+                f"has {parameter.dim()} dimensions" if parameter.dim() not in (2, 3) else f"its {owner} has no forward"
+            )
+            return (
+                f"target_modules entry {pattern!r} matches {clean(name)}, which cannot be adapted ({why}; a matrix "
+                "or a stack of them can, where its own module's forward reads it): to train it in full list it in "
+                "modules_to_save"
+            )
     return f"target_modules entry {pattern!r} matches nothing. {_nearest(pattern, available)}"
 
 

@@ -666,3 +666,32 @@ def test_rows_of_b_learn_less_the_more_often_they_are_looked_up_where_the_embedd
     scaled, plain = factors(model)[0].grad, factors(twin)[0].grad
     assert close(scaled[3] * 3, plain[3])
     assert close(scaled[4], plain[4])
+
+
+# Parameters that cannot be adapted
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.tables = nn.ParameterList([torch.ones(4, 4)])
+        self.mix = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x @ self.mix @ self.tables[0])
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [("scale", "has 1 dimensions"), ("tables.0", "its ParameterList has no forward")]
+)
+def test_a_parameter_that_is_no_matrix_or_that_its_module_does_not_read_is_refused(target: str, why: str) -> None:
+    with pytest.raises(ValueError, match=rf"matches 0.{target}, which cannot be adapted \({why}; .* modules_to_save"):
+        inject(nn.Sequential(Tables()), LoRA(r=2), [target])
+
+
+def test_a_glob_or_an_expression_never_means_a_parameter_of_an_unknown_kind_of_module() -> None:
+    model = nn.Sequential(Tables(), nn.Linear(4, 4))
+    assert [site.name for site in inject(model, LoRA(r=2), ["*"])] == ["1.weight"]
+    assert [site.name for site in inject(model, LoRA(r=2), ".*", task="b")] == ["1.weight"]
+    assert [site.name for site in inject(model, LoRA(r=2), ["0.mix"], task="c")] == ["0.mix"]
