@@ -15,6 +15,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRA, LoRACallback, inject, load_adapter, merge_, merged, remove, save_adapter, sites, use
 from lightning_lora.layout import Layout
@@ -695,3 +696,22 @@ def test_a_glob_or_an_expression_never_means_a_parameter_of_an_unknown_kind_of_m
     assert [site.name for site in inject(model, LoRA(r=2), ["*"])] == ["1.weight"]
     assert [site.name for site in inject(model, LoRA(r=2), ".*", task="b")] == ["1.weight"]
     assert [site.name for site in inject(model, LoRA(r=2), ["0.mix"], task="c")] == ["0.mix"]
+
+
+DROPS = {
+    "Conv1D": (Conv1D(8, 6), draw(3, 6)),
+    "convolution": (nn.Conv2d(4, 8, 2), draw(2, 4, 5, 5)),
+    "transposed convolution": (nn.ConvTranspose2d(4, 8, 2), draw(2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize(("layer", "x"), DROPS.values(), ids=DROPS)
+def test_dropout_acts_on_the_input_of_the_adapter_alone_and_in_training_alone(layer: nn.Module, x: Tensor) -> None:
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    plain = model(x)
+    inject(model, LoRA(r=2, dropout=0.5), ["0"])
+    assert torch.equal(model(x), plain)
+    change(model)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
