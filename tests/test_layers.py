@@ -715,3 +715,13 @@ def test_dropout_acts_on_the_input_of_the_adapter_alone_and_in_training_alone(la
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_a_file_is_not_loaded_onto_a_layer_whose_weight_lies_otherwise(tmp_path: Any) -> None:
+    save_adapter(adapted(Conv1D(6, 6)), tmp_path / "a")
+    fresh = nn.Sequential(nn.Linear(6, 6)).double()
+    with torch.no_grad():
+        fresh[0].weight.copy_(adapted(Conv1D(6, 6))[0].weight)
+    with pytest.raises(ValueError, match=r"0\.weight was trained as Layout\(.*transposed=True.*another kind of layer"):
+        load_adapter(fresh, tmp_path / "a", allow_base_mismatch=True)
+    assert not sites(fresh)
