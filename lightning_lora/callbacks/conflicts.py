@@ -1,4 +1,4 @@
-"""Callbacks of Lightning that work against ours: they freeze, thaw or rewrite the base."""
+"""Callbacks that work against ours: they freeze, thaw or rewrite the base, or are ours a second time."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def check_conflicts(trainer: Trainer) -> None:
         trainer: The Trainer.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    ours = [type(one).__name__ for one in callbacks if "LoRACallback" in {cls.__name__ for cls in type(one).__mro__}]
+    if len(ours) > 1:  # Lightning says so too, but takes a subclass for another kind of callback
+        raise ValueError(f"this Trainer has {' and '.join(ours)}: give it one, as an optimizer has one lr_ratio only")
     for one in callbacks:
         for cls in type(one).__mro__:
             if cls.__name__ in _REASONS:

@@ -2,142 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import MethodType
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from lightning_lora.gradient_stops import gradient_stops
 from lightning_lora.layers.attention import AdaptedMultiheadAttention
 from lightning_lora.layers.embedding import AdaptedEmbedding
 from lightning_lora.layers.seam import Reader
-from lightning_lora.sites import Site, sites
-from lightning_lora.state import mark_trained_in_full, marked
-
-_SAMPLE = 1024
+from lightning_lora.sites import Site, clean, join, sites
+from lightning_lora.state import marked
 
 
-class Audit:
-    """Watches one batch: every adapter must get a gradient, and nothing of the base may be trained or written to.
-
-    Buffers that the batch changed, such as a codebook's, are noted as trained, so that checkpoints hold them.
-
-    Args:
-        model: The adapted model, as it is trained.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.backward_ran = False
-        self._reached: set[str] = set()
-        self._handles: list[RemovableHandle] = []
-        self._factors: dict[str, str] = {}
-        self._weights: dict[str, Tensor] = {}
-        for site in sites(model):
-            self._weights[site.name] = _sample(site.weight)
-            in_use = {id(p) for task in site.slot.active for p in site.adapter(task).parameters()}
-            for factor, parameter in site.slot.named_parameters():
-                if parameter.requires_grad and id(parameter) in in_use:
-                    name = f"{site.name} ({factor})"
-                    self._factors[name] = site.name
-                    self._handles.append(parameter.register_hook(self._note(name)))  # type: ignore[no-untyped-call]
-        self._buffers = Buffers(model)
-
-    def _note(self, name: str):  # type: ignore[no-untyped-def]
-        def note(gradient: Tensor) -> None:
-            self._reached.add(name)
-
-        return note
-
-    def stop(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def check(self) -> None:
-        """Judge the batch.
-
-        Raises:
-            RuntimeError: If an adapter got no gradient, a parameter of the base is trainable, or an adapted weight of
-                the base has other values than before.
-        """
-        self._check_gradients()
-        check_frozen(self.model)
-        self._check_weights()
-        self._buffers.mark_changed()
-
-    def _check_gradients(self) -> None:
-        silent = [name for name in self._factors if name not in self._reached]
-        if not silent:
-            return
-        modules = {_module_of(self._factors[name]) for name in silent}
-        used = {_module_of(self._factors[name]) for name in self._reached} - modules
-        leave_out = (
-            "Either the forward does not call these layers as modules (a teacher, a layer whose weight is read "
-            f"directly): leave them out with exclude_modules={_outermost(modules, used)}. Or something"
-        )
-        raise RuntimeError(
-            f"{len(silent)} of {len(self._factors)} adapter parameters got no gradient in the first batch: "
-            f"{_some(silent)}. {leave_out if used else 'Something'} cuts the gradient, as reentrant checkpointing of "
-            "a frozen input does: pass use_reentrant=False. Or later batches use them, or the module averages them "
-            "from others: set LoRACallback(audit=False)"
-        )
-
-    def _check_weights(self) -> None:
-        now = {site.name: _sample(site.weight) for site in sites(self.model)}
-        written = [
-            name
-            for name, before in self._weights.items()
-            if name in now and now[name].shape == before.shape and not torch.equal(now[name], before)
-        ]
-        if written:
-            raise RuntimeError(
-                f"{len(written)} weights of the frozen base were changed during the first batch: {_some(written)}. "
-                "Checkpoints do not hold them, so the change would be lost. Something writes to parameters itself, "
-                "such as weight clipping: let it skip those that do not require a gradient, or train the module in "
-                f"full with modules_to_save={_outermost({_module_of(name) for name in written}, set())}"
-            )
-
-
-class Buffers:
-    """Finds the buffers that training changes, such as those of a codebook or a queue, so that checkpoints hold them.
-
-    Args:
-        model: The adapted model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._before = [
-            (module, name, buffer, _version(buffer))  # torch counts in-place changes, so no copy is needed
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
-        ]
-
-    def mark_changed(self) -> None:
-        """Note those that changed as trained in full."""
-        for module, name, before, version in self._before:
-            now = module._buffers.get(name)
-            if now is not None and (now is not before or _version(now) != version):
-                mark_trained_in_full(module, [name])
-
-
-def check_connected(loss: Tensor) -> None:
+def check_connected(loss: Tensor, model: nn.Module) -> None:
     """Check that a loss depends on something that is trained.
 
     Args:
         loss: What backward will be called on.
+        model: The adapted model.
 
     Raises:
         RuntimeError: If it does not.
     """
     if not loss.requires_grad:
         raise RuntimeError(
-            "the loss depends on no adapter: the forward calls none of the adapted layers as a module, or something "
-            "cuts the gradient, as reentrant checkpointing of a frozen input does: pass use_reentrant=False, or for a "
-            'model of transformers gradient_checkpointing_kwargs={"use_reentrant": False}'
+            f"the loss depends on no adapter. {gradient_stops(model)}Either the forward calls none of the adapted "
+            "layers as a module. Or something cuts the gradient, as reentrant checkpointing of a frozen input does: "
+            "pass use_reentrant=False, or for a model of transformers "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
 
 
@@ -155,7 +48,7 @@ def check_frozen(model: nn.Module) -> None:
     thawed = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if thawed:
         raise RuntimeError(
-            f"{len(thawed)} parameters of the frozen base require a gradient: {_some(thawed)}. "
+            f"{len(thawed)} parameters of the frozen base require a gradient: {some(thawed)}. "
             "Something set requires_grad after injection: to train them in full list them in modules_to_save; "
             "to switch the gradients of an adversary by turns call self.toggle_optimizer(...) instead"
         )
@@ -210,9 +103,64 @@ def check_present(model: nn.Module, found: list[Site]) -> None:
     lost = [site.name for site in found if site.name not in now]
     if lost:
         raise RuntimeError(
-            f"{len(lost)} of {len(found)} adapters are gone since they were injected: {_some(lost)}. Something put "
+            f"{len(lost)} of {len(found)} adapters are gone since they were injected: {some(lost)}. Something put "
             "other layers in their place, as precision plugins do: let it convert the module before the Trainer runs"
         )
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a part of a model is wrapped for several processes before its adapters are there.
+
+    Args:
+        model: The module, with the adapters still to come; wrappers keep the parameters alike that they find.
+    """
+    for name, module in model.named_modules():
+        if {"DistributedDataParallel", "FullyShardedDataParallel"} & {cls.__name__ for cls in type(module).__mro__}:
+            raise ValueError(
+                f"{name} is a {type(module).__name__} before its adapters came, so every process would train adapters "
+                "of its own: wrap nothing in configure_model and use strategy='ddp'"
+            )
+
+
+def check_sharded_alike(found: list[Site]) -> None:
+    """Raise ``ValueError`` if an adapted weight is sharded and its adapter is not: nothing would keep ranks alike.
+
+    Args:
+        found: The sites.
+    """
+    apart = [
+        site.name for site in found if is_sharded(site.weight) and not all(map(is_sharded, site.slot.parameters()))
+    ]
+    if apart:
+        raise ValueError(
+            f"{len(apart)} adapted weights were sharded before their adapters came (first: {apart[0]}, a DTensor), so "
+            "every process would train adapters of its own: leave out fully_shard and parallelize_module in "
+            "configure_model and use strategy='ddp'; without a Trainer call inject(...) before fully_shard(...)"
+        )
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Tell whether a tensor is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def tied_to_frozen(model: nn.Module) -> str | None:
+    """Return a sentence that names weights which are trained in full although they are another layer's too, or None.
+
+    Args:
+        model: The adapted model.
+    """
+    chosen: dict[int, str] = {}
+    others: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names = chosen if name in marked(module) else others
+                names.setdefault(id(parameter), clean(join(prefix, name)))
+    tied = [f"{name} is {others[key]} too" for key, name in chosen.items() if key in others]
+    if not tied:
+        return None
+    return f"trained in full by modules_to_save or bias: {some(tied)} (tied weights), so both layers change"
 
 
 def without_dropout(model: nn.Module, found: list[Site]) -> list[str]:
@@ -258,32 +206,6 @@ def check_strategy(strategy: object) -> None:
         )
 
 
-def _sample(weight: Tensor | None) -> Tensor:
-    """Return a copy of some values of a weight; none of one that is sharded, packed, or computed from others."""
-    if weight is None or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
-        return torch.empty(0)
-    flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLE)].clone()
-
-
-def _version(buffer: Tensor) -> int:
-    """Return how often a tensor was written to in place; one made under inference mode cannot be in training."""
-    return 0 if buffer.is_inference() else buffer._version
-
-
-def _module_of(site: str) -> str:
-    return site.rpartition(".")[0] or site
-
-
-def _outermost(names: Collection[str], others: Collection[str]) -> list[str]:
-    """Return the fewest modules that hold all these names and none of the others."""
-    found: set[str] = set()
-    for name in names:
-        parts = name.split(".")
-        prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-        found.add(next((p for p in prefixes if not any(f"{other}.".startswith(f"{p}.") for other in others)), name))
-    return sorted(found)
-
-
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Return the first three names as text."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

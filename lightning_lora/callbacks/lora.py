@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Role
+from lightning_lora.callbacks.audit import Audit
 from lightning_lora.callbacks.averaging import (
     averaging_callbacks,
     check_norms,
@@ -23,12 +24,14 @@ from lightning_lora.callbacks.averaging import (
 )
 from lightning_lora.callbacks.conflicts import check_conflicts
 from lightning_lora.callbacks.guards import (
-    Audit,
     check_connected,
     check_present,
+    check_sharded_alike,
     check_strategy,
+    check_unwrapped,
     frozen_norms,
     hold_still,
+    tied_to_frozen,
     without_dropout,
 )
 from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
@@ -131,6 +134,7 @@ class LoRACallback(Callback):
     ) -> None:
         build()
         trainer.precision_plugin.convert_module(pl_module)  # plugins that replace layers would replace adapted ones
+        check_unwrapped(pl_module)
         known = len(sites(pl_module))
         if self._adapted_before and not known:
             rank_zero_warn(
@@ -151,7 +155,11 @@ class LoRACallback(Callback):
             seed=int(seed) if seed is not None else 0,
             dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
         )
+        check_sharded_alike(self._found)
         if len(self._found) > known:
+            tied = tied_to_frozen(pl_module)
+            if tied is not None:
+                rank_zero_warn(tied)
             rank_zero_info(f"{table(self._found)}\n{totals(pl_module)}")
             vain = without_dropout(pl_module, self._found)
             if vain:
@@ -179,9 +187,9 @@ class LoRACallback(Callback):
         optimizers, schedulers = _collect(returned)
         if not optimizers:
             raise ValueError("configure_optimizers returned no optimizer, so the adapters would not be trained")
-        guess = place(pl_module, optimizers)
-        if guess is not None:
-            rank_zero_warn(guess)
+        doubt = place(pl_module, optimizers)
+        if doubt is not None:
+            rank_zero_warn(doubt)
         for optimizer in optimizers:
             split(pl_module, optimizer, self.lr_ratio, self.weight_decay)
         for scheduler in schedulers:
@@ -221,13 +229,13 @@ class LoRACallback(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Explain what PyTorch would only say of tensors."""
-        check_connected(loss)
+        check_connected(loss, pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that gradients were computed."""
         if self._audit is not None:
-            self._audit.backward_ran = True
+            self._audit.note_backward()
 
     @override
     def on_train_batch_end(
