@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -72,10 +73,10 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
         optimizers: All optimizers that ``configure_optimizers`` returned; their groups are changed in place.
 
     Returns:
-        A sentence for the user where the place had to be guessed, else None.
+        A sentence for the user where the place had to be guessed or nothing that was chosen is trained, else None.
 
     Raises:
-        ValueError: If a parameter has no place, or is in two groups of one optimizer.
+        ValueError: If a parameter has no place, is in two groups of one optimizer, or in one that cannot train it.
     """
     for optimizer in optimizers:
         join_groups(optimizer.param_groups)
@@ -110,12 +111,22 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
             guessed.append(name)
         for home in found:
             _add(*home, parameter, name)
+    _check_dense(every_home, roles(model), names)
     frozen = {parameter: name for parameter, name in names.items() if not parameter.requires_grad}
     dropped = [frozen[p] for p in homes if p in frozen]
+    idle: list[str] = []
     for optimizer, group in every_home:
-        for parameter in frozen.keys() & set(group["params"]):
+        gone = [p for p in group["params"] if p in frozen]
+        for parameter in gone:
             optimizer.state.pop(parameter, None)
         keep(group, [i for i, p in enumerate(group["params"]) if p not in frozen])
+        if not group["params"]:
+            idle += [frozen[p] for p in gone if p.dim() > 1][:1]  # not of norms and biases without weight decay
+    if idle and not guessed and any(group["params"] for _, group in every_home):
+        return (
+            f"{len(idle)} of the groups that configure_optimizers made hold frozen parameters only (first: {idle[0]}), "
+            "so they train nothing: list in modules_to_save what is to be trained in full, such as a new head"
+        )
     if not guessed:
         return None
     sentence = (
@@ -125,6 +136,19 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
     if dropped:
         sentence += f" What it chose is frozen (first: {dropped[0]}); to train that too, list it in modules_to_save."
     return sentence
+
+
+def _check_dense(homes: list[_Home], adapters: Collection[Tensor], names: Mapping[Tensor, str]) -> None:
+    """Raise ``ValueError`` if an adapter is in an optimizer for sparse gradients, as embeddings have them."""
+    for optimizer, group in homes:
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            for parameter in group["params"]:
+                if parameter in adapters:
+                    raise ValueError(
+                        f"{names[parameter]} is in SparseAdam, which takes sparse gradients only, but those of "
+                        "adapters are dense: give it to another optimizer in configure_optimizers, such as "
+                        "torch.optim.Adam"
+                    )
 
 
 def _add(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, name: str) -> None:
