@@ -178,16 +178,25 @@ def join_groups(groups: list[dict[str, Any]]) -> None:
             groups[parent]["param_names"].insert(i, group["param_names"][place])
 
 
-def _relayout(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Give a saved state the groups of this optimizer: it may have been split by another ratio, or not at all."""
+def _relayout(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Give a saved state the groups of this optimizer: it may have been split by another ratio, or not at all.
+
+    Raises:
+        ValueError: If they are other groups altogether; torch itself would compare the split groups, which may be as
+            many and as large by chance, and give moments to the wrong parameters.
+    """
     groups = [dict(group, params=list(group["params"])) for group in state["param_groups"]]
     join_groups(groups)
     layout = [group for group in optimizer.param_groups if PARENT in group]
     sizes = [len(group["params"]) for group in optimizer.param_groups if PARENT not in group]
     for group in layout:
         sizes[group[PARENT]] += len(group["params"])
-    if sizes != [len(group["params"]) for group in groups]:
-        return None  # other groups altogether: torch says so
+    saved = [len(group["params"]) for group in groups]
+    if sizes != saved:
+        raise ValueError(
+            f"the saved state of {type(optimizer).__name__} has groups of {saved} parameters, but this run's "
+            f"configure_optimizers made groups of {sizes}: build the groups that the checkpoint was written with"
+        )
     _divide(groups, [{key: group[key] for key in ("name", PARENT, ROLE, INDEX)} for group in layout])
     return {**state, "param_groups": groups}
 

@@ -472,7 +472,7 @@ def test_an_optimizer_of_other_groups_is_refused_at_resume(trainer: Any, tmp_pat
     run = trainer(max_epochs=1, callbacks=[callback()])
     run.fit(Lit(SHAPES["groups by layer"]), loader())
     run.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(ValueError, match="different number of parameter groups"):
+    with pytest.raises(ValueError, match=r"AdamW has groups of \[2, 2\] parameters, .* groups of \[4\]: build"):
         trainer(callbacks=[callback()]).fit(Lit(), loader(), ckpt_path=tmp_path / "one.ckpt")
 
 
