@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_lora.candidates import Candidate, candidates, joined, of_known_kind
+from lightning_lora.gradient_stops import why_no_gradient
 from lightning_lora.layers import KINDS, kind_of
 from lightning_lora.layers.seam import AdaptedLayer
 from lightning_lora.sites import added_modules, clean, join
@@ -147,8 +148,9 @@ def _all_linear(model: nn.Module, available: list[Candidate], left_out: set[int]
     if unknown:
         first, module = next(iter(unknown.items()))
         others = f", and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        kind = why_no_gradient(module) or f"a {type(module).__name__}"
         raise ValueError(
-            f"{what} cannot adapt {first}, a {type(module).__name__}{others}: {_known()}. Leave out what is to stay "
+            f"{what} cannot adapt {first}, {kind}{others}: {_known()}. Leave out what is to stay "
             f"frozen with exclude_modules={_ends(unknown)}, or name what is to be adapted with target_modules=[...]"
         )
     linear = [one for one in available if one.linear]
@@ -195,7 +197,10 @@ def _why_no_match(model: nn.Module, available: list[Candidate], pattern: str) ->
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or not matches(pattern, clean(name)):
             continue
-        what = f"target_modules entry {pattern!r} matches {clean(name)}, a {type(module).__name__}"
+        stop = why_no_gradient(module)
+        what = f"target_modules entry {pattern!r} matches {clean(name)}, {stop or f'a {type(module).__name__}'}"
+        if stop is not None:
+            return f"{what}: adapt layers that come after it instead"
         if any(kind_of(inner) for inner in module.modules()):
             return f"{what}: for all layers inside it write {clean(name) + '.*'!r}"
         return f"{what}, which has no matrix to adapt: {_known()}; to train it in full list it in modules_to_save"
