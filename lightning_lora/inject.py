@@ -114,6 +114,7 @@ def insert(
         for site in (one.site, *one.tied):
             _check_layer(site)
     _check_forwards(model, [one for one, _ in new])
+    _check_not_sharded([one.site for one, _ in new])
     _check_one_method(model, [method for _, method in new], task)
     seed = torch.initial_seed() if seed is None else seed
     if new:
@@ -218,6 +219,17 @@ def _check_layer(site: Site) -> None:
         )
     if hasattr(site.module, "adapters") and not slots_of(site.module):
         raise ValueError(f"{site.name}: its module already has an attribute called 'adapters', the name we need")
+
+
+def _check_not_sharded(new: Sequence[Site]) -> None:
+    """Refuse weights that are DTensors: nothing would keep the adapters of several processes alike."""
+    sharded = [site.name for site in new if hasattr(site.weight, "device_mesh")]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} of the chosen weights were sharded before their adapters came (first: {sharded[0]}, a "
+            "DTensor), so every process would train adapters of its own: call inject(...) before fully_shard(...); "
+            "with a Trainer leave out fully_shard and parallelize_module in configure_model and use strategy='ddp'"
+        )
 
 
 def _check_forwards(model: nn.Module, targets: Sequence[Candidate]) -> None:

@@ -107,7 +107,10 @@ def wrapped_before_injection(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, wrap in WRAPPERS.items():
         module = Wraps(wrap)
-        with patch(f"{GUARDS}.check_sharded_alike"), patch(f"{GUARDS}.check_unwrapped"):
+        with (
+            patch.object(sys.modules["lightning_lora.inject"], "_check_not_sharded"),
+            patch(f"{GUARDS}.check_unwrapped"),
+        ):
             trainer(callbacks=[LoRACallback(METHOD)]).fit(module, share(rank))
         found[name] = {"alike": alike(adapters(module)), "sites": len(sites(module))}
         guarded = Wraps(wrap)

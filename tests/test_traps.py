@@ -7,7 +7,7 @@ guard taken out. Then the same situation is met with everything in place.
 trap what goes wrong                                   what meets it
 ==== ================================================= ===============================================================
 01   injection in ``setup`` misses layers built later  injection after ``configure_model``; an error if nothing matches
-02   injection after the user shards or wraps          ``check_sharded_alike``, ``check_unwrapped``
+02   injection after the user shards or wraps          ``inject``, ``check_unwrapped``
 03   a plugin replaces adapted layers                  the plugin converts first; ``check_present``
 04   reentrant checkpointing of a frozen input         the audit of the first batch; ``check_connected``
 05   schedulers undo LoRA+'s ratio                     derived groups that follow their parents

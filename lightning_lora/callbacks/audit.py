@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.callbacks.guards import check_frozen, is_sharded, some
+from lightning_lora.callbacks.guards import check_frozen, some
 from lightning_lora.gradient_stops import gradient_stops
 from lightning_lora.sites import sites
 from lightning_lora.state import mark_trained_in_full
@@ -40,7 +40,7 @@ class Audit:
                 if parameter.requires_grad and id(parameter) in in_use:
                     name = f"{site.name} ({factor})"
                     self._factors[name] = site.name
-                    if is_sharded(parameter):
+                    if hasattr(parameter, "device_mesh"):  # a DTensor
                         self._sharded[name] = parameter
                     self._handles.append(parameter.register_hook(self._note(name)))  # type: ignore[no-untyped-call]
         self._buffers = Buffers(model)

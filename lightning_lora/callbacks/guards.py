@@ -122,28 +122,6 @@ def check_unwrapped(model: nn.Module) -> None:
             )
 
 
-def check_sharded_alike(found: list[Site]) -> None:
-    """Raise ``ValueError`` if an adapted weight is sharded and its adapter is not: nothing would keep ranks alike.
-
-    Args:
-        found: The sites.
-    """
-    apart = [
-        site.name for site in found if is_sharded(site.weight) and not all(map(is_sharded, site.slot.parameters()))
-    ]
-    if apart:
-        raise ValueError(
-            f"{len(apart)} adapted weights were sharded before their adapters came (first: {apart[0]}, a DTensor), so "
-            "every process would train adapters of its own: leave out fully_shard and parallelize_module in "
-            "configure_model and use strategy='ddp'; without a Trainer call inject(...) before fully_shard(...)"
-        )
-
-
-def is_sharded(tensor: Tensor | None) -> bool:
-    """Tell whether a tensor is a DTensor, of which each process holds a part."""
-    return hasattr(tensor, "device_mesh")
-
-
 def tied_to_frozen(model: nn.Module) -> str | None:
     """Return a sentence that names weights which are trained in full although they are another layer's too, or None.
 

@@ -26,7 +26,6 @@ from lightning_lora.callbacks.conflicts import check_conflicts
 from lightning_lora.callbacks.guards import (
     check_connected,
     check_present,
-    check_sharded_alike,
     check_strategy,
     check_unwrapped,
     frozen_norms,
@@ -155,7 +154,6 @@ class LoRACallback(Callback):
             seed=int(seed) if seed is not None else 0,
             dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
         )
-        check_sharded_alike(self._found)
         if len(self._found) > known:
             tied = tied_to_frozen(pl_module)
             if tied is not None:
