@@ -1,7 +1,7 @@
 """LoRA for any PyTorch Lightning model, by adding one callback."""
 
 from lightning_lora import methods as methods
-from lightning_lora.callbacks import LoRACallback
+from lightning_lora.callbacks import AdapterEMA, LoRACallback
 from lightning_lora.checkpoints import load_from_checkpoint
 from lightning_lora.files import AdapterError
 from lightning_lora.inject import inject, remove
@@ -16,6 +16,7 @@ from lightning_lora.switch import use, using
 from lightning_lora.version import __version__
 
 __all__ = [
+    "AdapterEMA",
     "AdapterError",
     "LoRA",
     "LoRACallback",

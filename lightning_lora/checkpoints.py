@@ -81,7 +81,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
                 f"{path}: not written, because state_dict() of {type(self.module).__name__} leaves out "
                 f"{some(absent)}: do not override it, the base is kept out of checkpoints without that"
             )
-        slim = _without(checkpoint, {name: _shape(value) for name, value in state.items() if name not in ours})
+        slim = _without(checkpoint, {name: None if name in ours else _shape(value) for name, value in state.items()})
         slim["state_dict"] = {**own_state, MARKER: torch.empty(0)}
         found = sites(self.module, TASK)
         prints = fingerprint(found)  # once, for the checkpoint and the folder
@@ -197,15 +197,15 @@ def tolerate_missing_base(module: nn.Module, incompatible: Any) -> None:
 
     Keys carry a prefix where the module is inside another one, as in the copy that averages weights.
     """
-    base = base_entries(module)
-    incompatible.missing_keys[:] = [
-        key for key in incompatible.missing_keys if not any(end in base for end in _ends(key))
-    ]
+    known = dict.fromkeys(base_entries(module), True) | dict.fromkeys(own_entries(module), False)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not _meant(key, known)]
 
 
-def _ends(name: str) -> list[str]:
+def _meant(name: str, known: Mapping[str, Any]) -> Any:
+    """Return what is known of the entry that a name means, which may have a prefix: the longest end that is known."""
     parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    ends = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((known[end] for end in ends if end in known), None)
 
 
 def load_from_checkpoint(
@@ -276,13 +276,13 @@ def _without(value: Any, base: Mapping[str, Any]) -> Any:
 
     Args:
         value: A checkpoint, or a part of it.
-        base: Shapes by name; copies of a module may have longer names.
+        base: Shapes by name, None for our entries; copies of a module may have longer names.
     """
     if isinstance(value, dict):
         kept = {
             key: _without(inner, base)
             for key, inner in value.items()
-            if not (isinstance(inner, Tensor) and any(base.get(end) == inner.shape for end in _ends(str(key))))
+            if not (isinstance(inner, Tensor) and _meant(str(key), base) == inner.shape)
         }
         same = len(kept) == len(value) and all(kept[key] is value[key] for key in kept)
         return value if same else kept

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
@@ -27,7 +28,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 import lightning_lora
 from lightning_lora import AdapterError, LoRA, LoRACallback, load_adapter, merged, sites
-from lightning_lora.checkpoints import AdapterCheckpointIO
+from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.layers import AdaptedLayer
 
 METHOD = LoRA(r=2, alpha=4)
@@ -435,6 +436,35 @@ def test_a_tensor_of_another_callback_that_only_shares_a_name_stays_in_the_file(
     run.save_checkpoint(tmp_path / "a.ckpt")
     kept = dict(tensors(read(tmp_path / "a.ckpt")["callbacks"][keeps.state_key]))
     assert sorted(kept) == ["/list/0/net.first.weight", "/list/1", "/weight"]
+
+
+class Doubled(Lit):
+    """Has a layer in the base and one that is trained, whose name ends like the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"net": self.build()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.inner["net"](x)
+
+
+def test_a_trained_layer_whose_name_ends_like_one_of_the_base_is_ours(trainer: Any, tmp_path: Path) -> None:
+    class Keeps(L.Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return dict.fromkeys(
+                ("inner.net.second.weight", "net.second.weight", "a.net.second.weight"), torch.ones(3, 8)
+            )
+
+    module, keeps = Doubled(), Keeps()
+    ours = callback(target_modules=["net.first"], modules_to_save=["inner.net.second"])
+    run = trainer(callbacks=[ours, keeps])
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert list(read(tmp_path / "a.ckpt")["callbacks"][keeps.state_key]) == ["inner.net.second.weight"]
+    missing = SimpleNamespace(missing_keys=["inner.net.second.weight", "net.second.weight", "a.net.second.weight"])
+    tolerate_missing_base(module, missing)
+    assert missing.missing_keys == ["inner.net.second.weight"]
 
 
 # ---- written whole

@@ -9,12 +9,14 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback, sites
+from lightning_lora import AdapterEMA, LoRACallback, sites
 
 # Lightning 2.6's CLI calls two functions that newer jsonargparse deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 ROOT = Path(__file__).parent.parent
 CALLBACKS = sorted(ROOT.glob("callbacks/*.yaml"))
+BESIDE = ROOT / "callbacks/ema.yaml"  # adapts nothing itself
+METHODS = [path for path in CALLBACKS if path != BESIDE]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
 
@@ -52,7 +54,7 @@ def command_line(*arguments: str, folder: Path, cli=LightningCLI, **kwargs):
     )
 
 
-@pytest.mark.parametrize("callback", CALLBACKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("callback", METHODS, ids=lambda path: path.stem)
 def test_each_callback_fragment_trains(callback, tmp_path):
     cli = command_line(
         f"--config={ROOT / 'configs/cpu.yaml'}",
@@ -63,6 +65,27 @@ def test_each_callback_fragment_trains(callback, tmp_path):
     cli.trainer.fit(cli.model)
     assert len(sites(cli.model)) == 2
     assert all(site.adapter("default").lora_B.abs().sum() > 0 for site in sites(cli.model))
+
+
+@pytest.mark.parametrize("callback", METHODS, ids=lambda path: path.stem)
+def test_the_average_goes_with_each_of_them(callback, tmp_path):
+    cli = command_line(
+        f"--config={ROOT / 'configs/cpu.yaml'}",
+        f"--trainer.callbacks+={callback}",
+        f"--trainer.callbacks+={BESIDE}",
+        "--trainer.callbacks.decay=0.5",
+        "--trainer.max_epochs=1",
+        folder=tmp_path,
+    )
+    [average] = [one for one in cli.trainer.callbacks if isinstance(one, AdapterEMA)]
+    assert average.decay == 0.5
+    cli.trainer.fit(cli.model)
+    cli.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert len(content["current_model_state"]) == 4
+    assert any(
+        not torch.equal(value, content["state_dict"][name]) for name, value in content["current_model_state"].items()
+    )
 
 
 @pytest.mark.parametrize("callback", CALLBACKS, ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from lightning_lora.callbacks.ema import AdapterEMA
 from lightning_lora.callbacks.lora import LoRACallback
 
-__all__ = ["LoRACallback"]
+__all__ = ["AdapterEMA", "LoRACallback"]

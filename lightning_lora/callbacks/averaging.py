@@ -32,7 +32,8 @@ def check_order(trainer: Trainer, ours: Callback) -> None:
         if callbacks.index(one) < callbacks.index(ours):
             raise ValueError(
                 f"{type(one).__name__} copies the module before the adapters are in it: put {type(ours).__name__} "
-                "before it in Trainer(callbacks=[...])"
+                "before it in Trainer(callbacks=[...]); or use AdapterEMA, which averages only what is trained and may "
+                "stand anywhere in the list"
             )
 
 
