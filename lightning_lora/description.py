@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.files import SCHEMA, AdapterError
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method, known_methods
+from lightning_lora.quantized import awaits_quantization, dense_weight
 from lightning_lora.sites import Site, relative, tied_names
 
 _BLOCKS, _BLOCK = 64, 64
@@ -120,12 +121,21 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
 
 
 def fingerprint(found: list[Site]) -> dict[str, str | None]:
-    """Return the digest of each site's base weight, by site name.
+    """Return the digest of each site's base weight, by site name; None where its values are not there yet.
+
+    A packed weight counts as what it stands for, so it has the same digest once it is dequantized.
 
     Args:
         found: Sites whose weights hold the base's values.
     """
-    return {site.name: digest(site.weight) for site in found}
+    return {site.name: _digest_of(site) for site in found}
+
+
+def _digest_of(site: Site) -> str | None:
+    weight: Tensor = getattr(site.module, site.parameter)
+    if weight.is_meta or awaits_quantization(weight):
+        return None
+    return digest(dense_weight(site.module, site.parameter))
 
 
 @torch.no_grad()

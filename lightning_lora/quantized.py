@@ -22,11 +22,13 @@ _ON_THE_LAYER = (  # what layers of bitsandbytes have beside PyTorch's own attri
 
 def format_of(weight: Tensor) -> Format | None:
     """Return the packed format that a weight is in, or will be in once it is moved; None for an ordinary tensor."""
-    if "quant_state" in weight.__dict__:  # told by attributes, because a pickle brings back a plain Parameter
+    if hasattr(weight, "quant_state"):  # told by attributes, because a pickle brings back a plain Parameter
         return "4-bit"
-    if "has_fp16_weights" in weight.__dict__:
+    if hasattr(weight, "has_fp16_weights"):
         return "8-bit"
-    return "torchao" if {cls.__name__ for cls in type(weight).__mro__} & {"TorchAOBaseTensor", "NF4Tensor"} else None
+    if type(weight) is nn.Parameter or type(weight) is Tensor:  # all that torch.compile has to follow
+        return None
+    return "torchao" if type(weight).__module__.startswith("torchao.") else None
 
 
 def is_quantized(weight: Tensor) -> bool:
