@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.files import SCHEMA, AdapterError
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method, known_methods
-from lightning_lora.quantized import awaits_quantization, dense_weight
+from lightning_lora.quantized import identifying_values
 from lightning_lora.sites import Site, relative, tied_names
 
 _BLOCKS, _BLOCK = 64, 64
@@ -121,9 +121,7 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
 
 
 def fingerprint(found: list[Site]) -> dict[str, str | None]:
-    """Return the digest of each site's base weight, by site name; None where its values are not there yet.
-
-    A packed weight counts as what it stands for, so it has the same digest once it is dequantized.
+    """Return the digest of each site's base weight, by site name; None where it has not its final values yet.
 
     Args:
         found: Sites whose weights hold the base's values.
@@ -132,10 +130,8 @@ def fingerprint(found: list[Site]) -> dict[str, str | None]:
 
 
 def _digest_of(site: Site) -> str | None:
-    weight: Tensor = getattr(site.module, site.parameter)
-    if weight.is_meta or awaits_quantization(weight):
-        return None
-    return digest(dense_weight(site.module, site.parameter))
+    values = identifying_values(site.module, site.parameter)
+    return None if values is None else digest(values)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from lightning_lora.layers.seam import adapted_weight, unswap
 from lightning_lora.quantized import (
     check_requantizable,
     dense_weight,
+    forget_quantizer,
     format_of,
     is_quantized,
     requantize,
@@ -105,6 +106,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     check_not_merged(model, "dequantize")
     for module in model.modules():
+        forget_quantizer(module)
         if any(parameter is not None and format_of(parameter) for parameter in module._parameters.values()):
             unswap(module)
             unpack_(module, dtype)

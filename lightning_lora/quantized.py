@@ -46,6 +46,13 @@ def awaits_quantization(weight: Tensor) -> bool:
     return not is_quantized(weight) and (kind == "4-bit" or in_8_bit)
 
 
+def number_of_values(weight: Tensor) -> int:
+    """Return how many values a weight stands for; two lie in each byte of a packed 4-bit one."""
+    if is_quantized(weight) and format_of(weight) == "4-bit":
+        return int(cast(Any, weight).quant_state.shape.numel())
+    return weight.numel()
+
+
 def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     """Return a weight as its layer computes with it: in floating point, (out, in) where the layer is linear.
 
@@ -68,6 +75,24 @@ def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
         input_scale = getattr(weight, "act_pre_scale", None)  # AWQ, SmoothQuant
         return dense if input_scale is None else dense * input_scale  # type: ignore[no-any-return]
     return weight  # type: ignore[no-any-return]
+
+
+def identifying_values(module: nn.Module, parameter: str) -> Tensor | None:
+    """Return the values by which a weight is told from another; None while it has not its final ones.
+
+    A packed 4-bit weight counts by its codes alone, because kernels round its scales (see ``keep_differentiable``); any
+    other counts by what it stands for.
+
+    Args:
+        module: The layer.
+        parameter: The parameter's name.
+    """
+    weight: Tensor = getattr(module, parameter)
+    if weight.is_meta or awaits_quantization(weight):
+        return None
+    if format_of(weight) == "4-bit":
+        return _plainly_packed(weight)[0].view(torch.uint8)
+    return dense_weight(module, parameter)
 
 
 def check_requantizable(weight: Tensor) -> None:
@@ -149,6 +174,20 @@ def unpack_(module: nn.Module, dtype: torch.dtype) -> None:
             module.__dict__.pop(name, None)
         module._load_state_dict_pre_hooks.clear()  # they would pack what is loaded
         module._load_state_dict_post_hooks.clear()
+
+
+def forget_quantizer(module: nn.Module) -> None:
+    """Take off a model what transformers noted when it quantized it, so that it is saved and loaded as an ordinary one.
+
+    Args:
+        module: Any module; one that holds no such note stays as it is.
+    """
+    if module.__dict__.pop("hf_quantizer", None) is None:
+        return
+    module.__dict__.pop("quantization_method", None)
+    setattr(module, "is_quantized", False)  # noqa: B010 - no attribute that mypy knows
+    if hasattr(module.config, "quantization_config"):
+        del module.config.quantization_config
 
 
 def keep_differentiable(model: nn.Module) -> None:
