@@ -121,17 +121,12 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
 
 
 def fingerprint(found: list[Site]) -> dict[str, str | None]:
-    """Return the digest of each site's base weight, by site name; None where it has not its final values yet.
+    """Return the digest of each site's base weight, by site name; None where there are no values that stay.
 
     Args:
         found: Sites whose weights hold the base's values.
     """
-    return {site.name: _digest_of(site) for site in found}
-
-
-def _digest_of(site: Site) -> str | None:
-    values = identifying_values(site.module, site.parameter)
-    return None if values is None else digest(values)
+    return {site.name: digest(identifying_values(site.module, site.parameter)) for site in found}
 
 
 @torch.no_grad()

@@ -62,7 +62,8 @@ def merge_(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: If nothing is adapted, or an adapted weight is tied to that of a layer without the adapter, is in a
-            quantized format that cannot be written, or is computed by a parametrization that cannot give the merged one.
+            quantized format that cannot be written, or is computed by a parametrization that cannot give the merged
+            one.
         RuntimeError: If the model is inside ``merged``.
     """
     adapted = _adapted_parameters(model)

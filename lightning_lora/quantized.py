@@ -78,7 +78,7 @@ def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
 
 
 def identifying_values(module: nn.Module, parameter: str) -> Tensor | None:
-    """Return the values by which a weight is told from another; None while it has not its final ones.
+    """Return the values by which a weight is told from another; None where there are no values that stay.
 
     A packed 4-bit weight counts by its codes alone, because kernels round its scales (see ``keep_differentiable``); any
     other counts by what it stands for.
@@ -87,10 +87,10 @@ def identifying_values(module: nn.Module, parameter: str) -> Tensor | None:
         module: The layer.
         parameter: The parameter's name.
     """
-    weight: Tensor = getattr(module, parameter)
-    if weight.is_meta or awaits_quantization(weight):
+    weight = module._parameters.get(parameter)  # none where a parametrization computes it
+    if weight is None or weight.is_meta or awaits_quantization(weight):
         return None
-    if format_of(weight) == "4-bit":
+    if is_quantized(weight) and format_of(weight) == "4-bit":
         return _plainly_packed(weight)[0].view(torch.uint8)
     return dense_weight(module, parameter)
 

@@ -102,4 +102,5 @@ class AdaptedTransformerEncoder(AdaptedLayer):
 
 
 def _reads_packed(module: AdaptedLayer) -> bool:
-    return any(is_quantized(getattr(owner, parameter)) for owner, parameter in module.reads(module))
+    weights = [owner._parameters.get(parameter) for owner, parameter in module.reads(module)]
+    return any(weight is not None and is_quantized(weight) for weight in weights)
