@@ -223,7 +223,7 @@ def _check_layer(site: Site) -> None:
     if hasattr(site.module, "adapters") and not slots_of(site.module):
         raise ValueError(f"{site.name}: its module already has an attribute called 'adapters', the name we need")
     packed = site.weight is not None and format_of(site.weight) is not None
-    if packed and kind_of(site.module) is not AdaptedLinear:
+    if packed and kind is not AdaptedLinear:
         raise ValueError(
             f"{site.name}: of layers with packed weights only linear ones can be adapted, not a "
             f"{type(site.module).__name__}: leave it out with exclude_modules=['{name}'], or do not quantize it"

@@ -40,7 +40,6 @@ from lightning_lora import (
 )
 from lightning_lora.description import fingerprint
 from lightning_lora.quantized import (
-    allow_inference_kernels,
     awaits_quantization,
     check_requantizable,
     dense_weight,
@@ -273,6 +272,8 @@ def test_a_layer_computes_with_the_parameter_that_it_was_given_and_then_with_its
     parameter, _ = requantize(layer, "weight", dense_weight(layer) + 0.1)
     set_parameter(layer, "weight", parameter)
     assert distance(layer(x), x.double() @ decoded(layer).T + layer.bias.double()) < 1e-6
+    if form in FOUR_BIT:
+        assert layer.quant_state is parameter.quant_state  # where bitsandbytes looks if a wrapper drops the other
     set_parameter(layer, "weight", own)
     assert layer.weight is own
     assert torch.equal(layer(x), before)
@@ -348,15 +349,18 @@ def test_four_bit_layers_that_were_evaluated_before_give_gradients_too(form):
     assert distance(x.grad, after.sum(0).expand(3, 64)) < 1e-6
 
 
-def test_the_kernel_is_allowed_again():
+def test_the_kernel_is_allowed_again_when_the_last_adapter_is_removed():
     if not has_kernel():
         pytest.skip("this CPU, or this bitsandbytes, has no such kernel")
-    layer = packed(nn.Linear(64, 32), "nf4")
-    plain = dict(layer.__dict__)
-    keep_differentiable(layer)
-    assert layer.__dict__ != plain
-    allow_inference_kernels(layer)
-    assert layer.__dict__ == plain
+    net = Net("nf4")
+    flags = [layer.support_avx512bf16_for_cpu for layer in (net.first, net.second)]
+    for task in ("one", "two"):
+        inject(net, LoRA(r=2), ["first"], task=task)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in (net.first, net.second))
+    remove(net, "one")
+    assert not any(layer.support_avx512bf16_for_cpu for layer in (net.first, net.second))
+    remove(net)
+    assert [layer.support_avx512bf16_for_cpu for layer in (net.first, net.second)] == flags
 
 
 # Packages -------------------------------------------------------------------------------------------------------------
