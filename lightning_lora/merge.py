@@ -157,9 +157,12 @@ def _put(one: _Adapted, parameter: nn.Parameter) -> None:
 def _packed(one: _Adapted, weight: Tensor, losses: list[_Loss]) -> nn.Parameter:
     """Return the adapted weight in the format of the plain one, and note what packing lost."""
     owner = one.owners[0]
+    plain = dense_weight(owner, one.parameter)
+    if torch.equal(weight, plain):
+        return getattr(owner, one.parameter)  # type: ignore[no-any-return]
     parameter, error = requantize(owner, one.parameter, weight)
     if is_quantized(parameter):
-        change = (weight.double() - dense_weight(owner, one.parameter).double()).norm() / weight.double().norm()
+        change = (weight.double() - plain.double()).norm() / weight.double().norm()
         losses.append(_Loss(error, change.item(), one.names[0]))
     return parameter
 
@@ -167,7 +170,7 @@ def _packed(one: _Adapted, weight: Tensor, losses: list[_Loss]) -> nn.Parameter:
 def _warn_of(losses: list[_Loss]) -> None:
     in_one_process = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if losses and (in_one_process or torch.distributed.get_rank() == 0):
-        error, change, name = max(losses)
+        error, change, name = max(losses, key=lambda loss: loss.error / loss.change)
         warnings.warn(
             f"{len(losses)} quantized weights were rounded again with the adapters in them. The worst, {name}, is "
             f"{error:.2%} off its adapted value, which the adapters had changed by {change:.2%}: to merge without this "
