@@ -7,9 +7,11 @@ weight when its layer is first moved to a device, the CPU included; torchao when
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Format = Literal["4-bit", "8-bit", "torchao"]
@@ -191,14 +193,22 @@ def forget_quantizer(module: nn.Module) -> None:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep 4-bit layers in the form that gradients pass through, on CPUs where bitsandbytes has a kernel for inference.
+    """Keep 4-bit layers in the form that gradients pass through, and warn of layers that have none.
 
-    That kernel (for AVX512-BF16) rewrites the weight at the first forward in eval mode, rounds its scales, and gives no
-    gradient ever after.
+    On CPUs with AVX512-BF16 bitsandbytes has a kernel for inference. It rewrites the weight at the first forward in
+    eval mode, rounds its scales, and gives no gradient ever after. torchao's layers that quantize their input give none
+    anywhere.
 
     Args:
         model: The model, with all its layers.
     """
+    opaque = [name for name, module in model.named_modules() if _gives_no_gradient(module)]
+    if opaque:
+        warnings.warn(
+            f"{len(opaque)} quantized layers (first: {opaque[0]}) give no gradient to their input, so what lies below "
+            "them is not trained through them: quantize weights alone, as torchao's Int8WeightOnlyConfig does",
+            stacklevel=2,
+        )
     for module in model.modules():
         if _CPU_KERNEL not in module.__dict__:
             continue
@@ -220,6 +230,15 @@ def allow_inference_kernels(model: nn.Module) -> None:
             from bitsandbytes.functional import has_avx512bf16
 
             module.__dict__[_CPU_KERNEL] = has_avx512bf16()
+
+
+def _gives_no_gradient(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+    if weight is None or weight.is_meta or format_of(weight) != "torchao":
+        return False
+    with torch.enable_grad():
+        rows = torch.zeros(32, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+        return not F.linear(rows, weight).requires_grad
 
 
 def _dense_4bit(weight: Any) -> Tensor:

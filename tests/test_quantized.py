@@ -189,8 +189,10 @@ def test_scales_of_the_input_belong_to_the_dense_weight():
         ao.Int8Tensor(weight.qdata, weight.scale, weight.block_size, weight.dtype, act_pre_scale=scale),
         requires_grad=False,
     )
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, requires_grad=True)
     assert distance(layer(x), x.double() @ dense_weight(layer).double().T + layer.bias.double()) < 1e-6
+    layer(x).sum().backward()
+    assert distance(x.grad, dense_weight(layer).sum(0).expand(3, 64)) < 1e-6
     with pytest.raises(
         ValueError, match=r"Int8Tensor in this configuration cannot be packed again .* dequantize_\(model"
     ):
@@ -202,8 +204,10 @@ def test_the_four_bit_tensors_of_torchao_are_read_but_not_written():
     nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
     layer = nn.Linear(128, 64, bias=False)
     layer.weight = nn.Parameter(nf4.to_nf4(layer.weight.detach(), 64, 16), requires_grad=False)
-    x = torch.randn(3, 128)
+    x = torch.randn(3, 128, requires_grad=True)
     assert distance(layer(x), x.double() @ dense_weight(layer).double().T) < 1e-6
+    layer(x).sum().backward()
+    assert distance(x.grad, dense_weight(layer).sum(0).expand(3, 128)) < 1e-6
     with pytest.raises(ValueError, match="NF4Tensor in this configuration cannot be packed again"):
         check_requantizable(layer.weight)
 
@@ -318,35 +322,35 @@ def has_kernel() -> bool:
 
 @pytest.mark.parametrize("form", FOUR_BIT)
 def test_four_bit_layers_give_gradients_after_an_evaluation(form):
-    layer = packed(nn.Linear(64, 32), form)
+    layer = packed(nn.Linear(128, 64), form)
     keep_differentiable(layer)
     stored = bits(layer)
     layer.eval()
     with torch.no_grad():
-        layer(torch.randn(3, 64))
+        layer(torch.randn(3, 128))
     layer.train()
-    x = torch.randn(3, 64, requires_grad=True)
+    x = torch.randn(3, 128, requires_grad=True)
     layer(x).sum().backward()
-    assert distance(x.grad, decoded(layer).sum(0).expand(3, 64)) < 1e-6
+    assert distance(x.grad, decoded(layer).sum(0).expand(3, 128)) < 1e-6
     assert same(bits(layer), stored)
 
 
 @pytest.mark.parametrize("form", FOUR_BIT)
 def test_four_bit_layers_that_were_evaluated_before_give_gradients_too(form):
-    layer = packed(nn.Linear(64, 32), form)
+    layer = packed(nn.Linear(128, 64), form)
     before = decoded(layer)
     layer.eval()
     with torch.no_grad():
-        output = layer(x := torch.randn(3, 64))
+        output = layer(x := torch.randn(3, 128))
     after = dense_weight(layer)
     assert distance(after, before) < 0.005  # the kernel rounds scales to bf16
     assert distance(output, x @ after.T + layer.bias) < 0.01
     keep_differentiable(layer)
     assert torch.equal(dense_weight(layer), after)
     assert torch.equal(decoded(layer).float(), after)
-    x = torch.randn(3, 64, requires_grad=True)
+    x = torch.randn(3, 128, requires_grad=True)
     layer(x).sum().backward()
-    assert distance(x.grad, after.sum(0).expand(3, 64)) < 1e-6
+    assert distance(x.grad, after.sum(0).expand(3, 128)) < 1e-6
 
 
 def test_the_kernel_is_allowed_again_when_the_last_adapter_is_removed():
@@ -584,6 +588,13 @@ def test_merging_packs_again_and_says_what_that_costs(form):
     assert (0.05 < errors[worst] < 0.2) if form in FOUR_BIT else (0.001 < errors[worst] < 0.01)
 
 
+def test_only_the_first_process_says_what_merging_costs(monkeypatch):
+    net = adapt(Net("nf4"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    merge_(net)
+
+
 @every_format
 def test_a_merged_layer_computes_with_its_new_weight(form):
     net = adapt(Net(form))
@@ -642,7 +653,8 @@ def test_merging_is_refused_for_formats_that_cannot_be_written_and_leaves_all_as
     ao = pytest.importorskip("torchao.quantization")
     net = Net(None)
     ao.quantize_(net.second, ao.Int8DynamicActivationInt8WeightConfig(version=2))
-    adapt(net)
+    with pytest.warns(UserWarning, match=r"1 quantized layers \(first: second\) give no gradient to their input"):
+        adapt(net)
     x = torch.randn(5, 8)
     before = net(x)
     for merge in (merge_, lambda net: merged(net).__enter__()):
