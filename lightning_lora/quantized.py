@@ -192,6 +192,16 @@ def forget_quantizer(module: nn.Module) -> None:
         del module.config.quantization_config
 
 
+def gives_no_gradient(module: nn.Module) -> bool:
+    """Tell whether a linear layer's packed weight passes no gradient to the layer's input."""
+    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+    if weight is None or weight.is_meta or format_of(weight) != "torchao":
+        return False
+    with torch.enable_grad():
+        rows = torch.zeros(32, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+        return not F.linear(rows, weight).requires_grad
+
+
 def keep_differentiable(model: nn.Module) -> None:
     """Keep 4-bit layers in the form that gradients pass through, and warn of layers that have none.
 
@@ -202,7 +212,7 @@ def keep_differentiable(model: nn.Module) -> None:
     Args:
         model: The model, with all its layers.
     """
-    opaque = [name for name, module in model.named_modules() if _gives_no_gradient(module)]
+    opaque = [name for name, module in model.named_modules() if gives_no_gradient(module)]
     if opaque:
         warnings.warn(
             f"{len(opaque)} quantized layers (first: {opaque[0]}) give no gradient to their input, so what lies below "
@@ -230,15 +240,6 @@ def allow_inference_kernels(model: nn.Module) -> None:
             from bitsandbytes.functional import has_avx512bf16
 
             module.__dict__[_CPU_KERNEL] = has_avx512bf16()
-
-
-def _gives_no_gradient(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-    if weight is None or weight.is_meta or format_of(weight) != "torchao":
-        return False
-    with torch.enable_grad():
-        rows = torch.zeros(32, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
-        return not F.linear(rows, weight).requires_grad
 
 
 def _dense_4bit(weight: Any) -> Tensor:

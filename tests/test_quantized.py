@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from lightning_lora import (
     using,
 )
 from lightning_lora.description import fingerprint
+from lightning_lora.gradient_stops import gradient_stops
 from lightning_lora.quantized import (
     awaits_quantization,
     check_requantizable,
@@ -655,6 +657,7 @@ def test_merging_is_refused_for_formats_that_cannot_be_written_and_leaves_all_as
     ao.quantize_(net.second, ao.Int8DynamicActivationInt8WeightConfig(version=2))
     with pytest.warns(UserWarning, match=r"1 quantized layers \(first: second\) give no gradient to their input"):
         adapt(net)
+    assert "second is a linear layer that quantizes its input by torchao" in gradient_stops(net)
     x = torch.randn(5, 8)
     before = net(x)
     for merge in (merge_, lambda net: merged(net).__enter__()):
@@ -919,6 +922,17 @@ def test_lightnings_plugin_packs_the_base_that_the_callback_adapts(mode, build, 
     assert {p.requires_grad for name, p in whole.named_parameters() if "adapters" not in name} == {False}
     fit(resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert resumed.losses == whole.losses[4:]
+
+
+# Documentation --------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_page_gives_a_plain_model():
+    pytest.importorskip("bitsandbytes")
+    page = (Path(__file__).parent.parent / "docs" / "quantized.md").read_text()
+    namespace: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], namespace)
+    assert type(namespace["plain"][0]) is nn.Linear
 
 
 # transformers ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lightning_lora.state import marked
 
 _LINEAR = nn.Linear
 
+
 def check_connected(loss: Tensor, model: nn.Module) -> None:
     """Check that a loss depends on something that is trained.
 
