@@ -6,7 +6,7 @@ from lightning_lora.checkpoints import load_from_checkpoint
 from lightning_lora.files import AdapterError
 from lightning_lora.inject import inject, remove
 from lightning_lora.loading import load_adapter
-from lightning_lora.merge import merge_, merged
+from lightning_lora.merge import dequantize_, merge_, merged
 from lightning_lora.method import Method, known_methods
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.optim import param_groups
@@ -22,6 +22,7 @@ __all__ = [
     "LoRACallback",
     "Method",
     "Site",
+    "dequantize_",
     "inject",
     "known_methods",
     "load_adapter",

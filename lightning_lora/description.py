@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.files import SCHEMA, AdapterError
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method, known_methods
+from lightning_lora.quantized import identifying_values
 from lightning_lora.sites import Site, relative, tied_names
 
 _BLOCKS, _BLOCK = 64, 64
@@ -120,12 +121,12 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
 
 
 def fingerprint(found: list[Site]) -> dict[str, str | None]:
-    """Return the digest of each site's base weight, by site name.
+    """Return the digest of each site's base weight, by site name; None where there are no values that stay.
 
     Args:
         found: Sites whose weights hold the base's values.
     """
-    return {site.name: digest(site.weight) for site in found}
+    return {site.name: digest(identifying_values(site.module, site.parameter)) for site in found}
 
 
 @torch.no_grad()

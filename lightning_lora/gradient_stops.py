@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_lora.quantized import gives_no_gradient
 from lightning_lora.sites import clean
 
 _PACKAGES = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.", "torch.ao.nn.sparse.quantized.")
@@ -22,6 +23,8 @@ def why_no_gradient(module: nn.Module) -> str | None:
         if package.startswith(_PACKAGES) and ".reference." not in package and type(module).__name__ not in _PASSES:
             how = "dynamically quantized" if ".dynamic." in package else "quantized"
             return f"a {how} {type(module).__name__} of torch.ao, through which no gradient passes"
+    if gives_no_gradient(module):
+        return "a linear layer that quantizes its input by torchao, through which no gradient passes"
     return None
 
 

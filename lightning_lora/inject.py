@@ -13,9 +13,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_lora.candidates import Candidate
 from lightning_lora.layers import kind_of, swap_layer, swap_readers
+from lightning_lora.layers.linear import AdaptedLinear
 from lightning_lora.layers.seam import Called, replaced_forward, unswap
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
+from lightning_lora.quantized import allow_inference_kernels, format_of, keep_differentiable
 from lightning_lora.sites import Site, Slot, clean, sites, slots_of
 from lightning_lora.state import mark_trained_in_full, marked, unmark
 from lightning_lora.targets import Parts, choose_values, find_modules_to_save, find_targets
@@ -119,6 +121,7 @@ def insert(
     seed = torch.initial_seed() if seed is None else seed
     if new:
         _freeze(model)
+        keep_differentiable(model)
     for one, method in new:
         weight = getattr(one.site.module, one.site.parameter)
         slot = _slot(one)
@@ -166,6 +169,7 @@ def remove(model: nn.Module, task: str | None = None) -> None:
     swap_readers(model)
     if not sites(model):
         unmark(model)
+        allow_inference_kernels(model)
 
 
 def check_task_name(task: str) -> None:
@@ -219,6 +223,12 @@ def _check_layer(site: Site) -> None:
         )
     if hasattr(site.module, "adapters") and not slots_of(site.module):
         raise ValueError(f"{site.name}: its module already has an attribute called 'adapters', the name we need")
+    packed = site.weight is not None and format_of(site.weight) is not None
+    if packed and kind is not AdaptedLinear:
+        raise ValueError(
+            f"{site.name}: of layers with packed weights only linear ones can be adapted, not a "
+            f"{type(site.module).__name__}: leave it out with exclude_modules=['{name}'], or do not quantize it"
+        )
 
 
 def _check_not_sharded(new: Sequence[Site]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -11,8 +12,19 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_lora.inject import remove
-from lightning_lora.layers.seam import adapted_weight
-from lightning_lora.sites import Slot, clean, join, sites, slots_at
+from lightning_lora.layers import swap_layer
+from lightning_lora.layers.seam import adapted_weight, unswap
+from lightning_lora.quantized import (
+    check_requantizable,
+    dense_weight,
+    forget_quantizer,
+    format_of,
+    is_quantized,
+    requantize,
+    set_parameter,
+    unpack_,
+)
+from lightning_lora.sites import Slot, clean, join, sites, slots_at, slots_of
 
 _ROUNDING = 16  # in units of the last place, relative to the whole matrix
 
@@ -27,9 +39,20 @@ class _Adapted(NamedTuple):
     tied_to: list[str]  # names under which others have it, without the adapters
 
 
+class _Loss(NamedTuple):
+    """What rounding did to one adapted weight, and what the adapters had done to it, both relative to its norm."""
+
+    error: float
+    change: float
+    name: str
+
+
 @torch.no_grad()
 def merge_(model: nn.Module) -> nn.Module:
     """Write the adapters in use into the base, in place, and remove them all: a plain model again.
+
+    A quantized weight is packed again in its own format, which rounds it; a warning says by how much. To merge without
+    this loss call ``dequantize_`` first.
 
     Args:
         model: The adapted model.
@@ -38,8 +61,9 @@ def merge_(model: nn.Module) -> nn.Module:
         The same object, for chaining.
 
     Raises:
-        ValueError: If nothing is adapted, or an adapted weight is tied to that of a layer without the adapter, is
-            quantized, or is computed by a parametrization that cannot give the merged one.
+        ValueError: If nothing is adapted, or an adapted weight is tied to that of a layer without the adapter, is in a
+            quantized format that cannot be written, or is computed by a parametrization that cannot give the merged
+            one.
         RuntimeError: If the model is inside ``merged``.
     """
     adapted = _adapted_parameters(model)
@@ -49,6 +73,7 @@ def merge_(model: nn.Module) -> nn.Module:
                 f"cannot merge into {one.names[0]}: it is tied to {' and '.join(one.tied_to)}, which would change with "
                 "it: untie them first, or adapt both, which then share one adapter; merged(model) works as it is"
             )
+    losses: list[_Loss] = []
     with ExitStack() as undo:
         for one in sorted(adapted, key=lambda one: not _computed(one)):  # those that can fail go first
             weight = adapted_weight(one.owners[0], one.parameter)
@@ -56,10 +81,38 @@ def merge_(model: nn.Module) -> nn.Module:
                 continue
             if _computed(one):
                 undo.callback(_load, one, _set_computed(one, weight))
-            else:
+            elif format_of(getattr(one.owners[0], one.parameter)) is None:
                 getattr(one.owners[0], one.parameter).copy_(weight)
+            else:
+                _put(one, _packed(one, weight, losses))
         undo.pop_all()
     remove(model)
+    _warn_of(losses)
+    return model
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Turn every quantized layer into PyTorch's own, in place, with the weight that it computed with; adapters stay.
+
+    Args:
+        model: Any model, adapted or not.
+        dtype: Of the new weights and of these layers' biases: that of the activations.
+
+    Returns:
+        The same object, for chaining: ``merge_(dequantize_(model, torch.bfloat16))``.
+
+    Raises:
+        RuntimeError: If the model is inside ``merged``.
+    """
+    check_not_merged(model, "dequantize")
+    for module in model.modules():
+        forget_quantizer(module)
+        if any(parameter is not None and format_of(parameter) for parameter in module._parameters.values()):
+            unswap(module)
+            unpack_(module, dtype)
+            if slots_of(module):
+                swap_layer(module)
     return model
 
 
@@ -74,9 +127,10 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         model: The adapted model.
 
     Raises:
-        ValueError: If nothing is adapted, or an adapted weight is quantized, or computed as for ``merge_``.
+        ValueError: If nothing is adapted, or an adapted weight is quantized or computed as ``merge_`` refuses it.
         RuntimeError: If the model is merged already.
     """
+    losses: list[_Loss] = []
     with ExitStack() as undo:
         for one in _adapted_parameters(model):
             with torch.no_grad():
@@ -84,17 +138,45 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             if weight is not None and _computed(one):
                 undo.callback(_load, one, _set_computed(one, weight))
             elif weight is not None:
-                undo.callback(_put, one, getattr(one.owners[0], one.parameter))
-                _put(one, nn.Parameter(weight, requires_grad=False))
+                plain: nn.Parameter = getattr(one.owners[0], one.parameter)
+                ordinary = format_of(plain) is None
+                undo.callback(_put, one, plain)
+                _put(one, nn.Parameter(weight, requires_grad=False) if ordinary else _packed(one, weight, losses))
             for slot in one.slots:
                 undo.callback(setattr, slot, "merged", False)
                 slot.merged = True
+        _warn_of(losses)
         yield model
 
 
 def _put(one: _Adapted, parameter: nn.Parameter) -> None:
     for owner in one.owners:
-        owner._parameters[one.parameter] = parameter
+        set_parameter(owner, one.parameter, parameter)
+
+
+def _packed(one: _Adapted, weight: Tensor, losses: list[_Loss]) -> nn.Parameter:
+    """Return the adapted weight in the format of the plain one, and note what packing lost."""
+    owner = one.owners[0]
+    plain = dense_weight(owner, one.parameter)
+    if torch.equal(weight, plain):
+        return getattr(owner, one.parameter)  # type: ignore[no-any-return]
+    parameter, error = requantize(owner, one.parameter, weight)
+    if is_quantized(parameter):
+        change = (weight.double() - plain.double()).norm() / weight.double().norm()
+        losses.append(_Loss(error, change.item(), one.names[0]))
+    return parameter
+
+
+def _warn_of(losses: list[_Loss]) -> None:
+    in_one_process = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if losses and (in_one_process or torch.distributed.get_rank() == 0):
+        error, change, name = max(losses, key=lambda loss: loss.error / loss.change)
+        warnings.warn(
+            f"{len(losses)} quantized weights were rounded again with the adapters in them. The worst, {name}, is "
+            f"{error:.2%} off its adapted value, which the adapters had changed by {change:.2%}: to merge without this "
+            "loss call dequantize_(model, dtype) first",
+            stacklevel=3,
+        )
 
 
 def _computed(one: _Adapted) -> bool:
@@ -146,10 +228,14 @@ def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
             adapted[id(site.module), site.parameter] = _Adapted([site.name], [site.module], site.parameter, slots, [])
             continue
         parameter = getattr(site.module, site.parameter)
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() and not is_quantized(parameter):
             raise ValueError(
                 f"cannot merge into {site.name}: it is stored as {parameter.dtype}; load the base in full precision"
             )
+        try:
+            check_requantizable(parameter)
+        except ValueError as error:
+            raise ValueError(f"cannot merge into {site.name}: {error}") from None
         one = _Adapted([], [], site.parameter, slots, [])
         for name, module, own_name in holders[id(parameter)]:
             if own_name == site.parameter and slots_at(module, own_name) == slots:

@@ -21,6 +21,7 @@ from lightning_lora.files import AdapterError, read_tensors, write_file, write_f
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole
 from lightning_lora.method import Method
+from lightning_lora.quantized import format_of
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.report import shape_of
 from lightning_lora.saving import CONFIG, OUTSIDE, WEIGHTS
@@ -89,6 +90,11 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
             key = join(prefix, whole(name))
             state = loaded[holder[key]][0]
             layout = file.layouts[name] or Layout()
+            if not state[key].is_floating_point() or format_of(state[key]) is not None:
+                raise AdapterError(
+                    f"{into}: {key} is packed ({type(state[key]).__name__} of {state[key].dtype}), and only its model "
+                    "can unpack it: load both in Python and call merge_(dequantize_(model, dtype))"
+                )
             if not allow_base_mismatch and file.bases[name] not in (None, digest(state[key])):
                 raise AdapterError(
                     f"{into}: {key} is not what {adapter} was trained on: give that base, or --allow_base_mismatch"

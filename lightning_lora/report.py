@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from torch import nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.quantized import number_of_values
 from lightning_lora.sites import Site
 
 _FILE_WIDTH = 200  # a log file has no width of its own, and rich would take 80 columns
@@ -49,7 +50,7 @@ def totals(model: nn.Module) -> str:
     """Return the line ``trainable / total (percent)``."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
+    total = sum(map(number_of_values, parameters))
     return f"{trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)"
 
 

@@ -606,7 +606,7 @@ def command_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 
 def test_an_optimizer_that_lightning_cli_built_from_the_command_line_trains_the_adapters(command_line: Any) -> None:
-    arguments = ["fit", "--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=OneCycleLR"]
+    arguments = ["fit", "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--lr_scheduler=OneCycleLR"]
     arguments += ["--lr_scheduler.max_lr=0.1", "--lr_scheduler.total_steps=9"]
     cli = command_line(*arguments, callbacks=[callback()])
     assert_every_role_has_its_groups(cli.model, cli.trainer.optimizers, RATIO)
@@ -616,7 +616,7 @@ def test_an_optimizer_that_lightning_cli_built_from_the_command_line_trains_the_
 def test_the_optimizer_of_lightning_cli_can_be_fitted_again_and_with_another_ratio(
     command_line: Any, trainer: Any
 ) -> None:
-    arguments = ["fit", "--optimizer=AdamW", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.9"]
+    arguments = ["fit", "--optimizer=torch.optim.AdamW", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.9"]
     cli = command_line(*arguments, callbacks=[callback()])
     optimizer, scheduler = cli.trainer.optimizers[0], cli.trainer.lr_scheduler_configs[0].scheduler
     depth = len(type(scheduler).__mro__)

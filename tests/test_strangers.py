@@ -327,7 +327,12 @@ def test_an_optimizer_built_by_the_command_line_trains_the_adapters(monkeypatch)
     lora = LoRACallback(LoRA(r=2), lr_ratio=4.0)
     cli = LightningCLI(
         s.FromCommandLine,
-        args=["--optimizer=AdamW", "--optimizer.lr=0.01", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5"],
+        args=[
+            "--optimizer=torch.optim.AdamW",
+            "--optimizer.lr=0.01",
+            "--lr_scheduler=ExponentialLR",
+            "--lr_scheduler.gamma=0.5",
+        ],
         run=False,
         seed_everything_default=False,
         save_config_callback=None,

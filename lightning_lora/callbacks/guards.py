@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from lightning_lora.layers.embedding import AdaptedEmbedding
 from lightning_lora.layers.seam import Reader
 from lightning_lora.sites import Site, clean, join, sites
 from lightning_lora.state import marked
+
+_LINEAR = nn.Linear
 
 
 def check_connected(loss: Tensor, model: nn.Module) -> None:
@@ -90,6 +93,20 @@ def hold_still(norm: nn.Module) -> Callable[[], None]:
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
     """Take the place of ``nn.Module.train`` and do nothing."""
     return module
+
+
+@contextmanager
+def plain_linear() -> Iterator[None]:
+    """Have PyTorch's own ``nn.Linear`` back where a precision plugin put its class, for modules that are built, there.
+
+    Lightning calls ``configure_model`` so; what looks for linear layers in a module built before would find none.
+    """
+    replaced = nn.Linear
+    nn.Linear = _LINEAR  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        nn.Linear = replaced  # type: ignore[misc]
 
 
 def check_present(model: nn.Module, found: list[Site]) -> None:

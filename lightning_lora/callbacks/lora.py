@@ -30,6 +30,7 @@ from lightning_lora.callbacks.guards import (
     check_unwrapped,
     frozen_norms,
     hold_still,
+    plain_linear,
     tied_to_frozen,
     without_dropout,
 )
@@ -132,6 +133,10 @@ class LoRACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, stage: str, build: Callable[[], Any]
     ) -> None:
         build()
+        self._inject(trainer, pl_module, stage)
+
+    @plain_linear()
+    def _inject(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer.precision_plugin.convert_module(pl_module)  # plugins that replace layers would replace adapted ones
         check_unwrapped(pl_module)
         known = len(sites(pl_module))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_lora.layers.seam import AdaptedLayer, Reader
+from lightning_lora.quantized import is_quantized
 from lightning_lora.sites import slots_at
 
 
@@ -56,6 +57,17 @@ class AdaptedTransformerEncoderLayer(InferenceReader):
         linears = [getattr(module, name, None) for name in ("linear1", "linear2")]
         return found + [(linear, "weight") for linear in linears if isinstance(linear, nn.Linear)]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plain forward, which calls the children where weights are packed: its kernel cannot read them."""
+        if self.training or not _reads_packed(self):
+            return super().forward(*args, **kwargs)
+        fused = getattr(self, "activation_relu_or_gelu", 0)
+        self.activation_relu_or_gelu = 0  # one of PyTorch's conditions for its kernel
+        try:
+            return super(Reader, self).forward(*args, **kwargs)
+        finally:
+            self.activation_relu_or_gelu = fused
+
 
 class AdaptedTransformerEncoder(AdaptedLayer):
     """``nn.TransformerEncoder``: packs a padded batch into nested tensors, which only the fused path can compute.
@@ -72,9 +84,10 @@ class AdaptedTransformerEncoder(AdaptedLayer):
         return [pair for layer in layers for pair in AdaptedTransformerEncoderLayer.reads(layer)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the plain forward, without nested tensors where an adapter in use needs a gradient."""
+        """Run the plain forward, without nested tensors where the layers do not take the fused path."""
         nested = getattr(self, "use_nested_tensor", False)
-        if self.training or not nested or not torch.is_grad_enabled() or not self._needs_gradient():
+        needs_gradient = torch.is_grad_enabled() and self._needs_gradient()
+        if self.training or not nested or not (needs_gradient or _reads_packed(self)):
             return super().forward(*args, **kwargs)
         self.use_nested_tensor = False
         try:
@@ -86,3 +99,8 @@ class AdaptedTransformerEncoder(AdaptedLayer):
         slots = [slot for owner, parameter in self.reads(self) for slot in slots_at(owner, parameter)]
         adapters = [adapter for slot in slots for adapter in slot.in_use()]
         return any(parameter.requires_grad for adapter in adapters for parameter in adapter.parameters())
+
+
+def _reads_packed(module: AdaptedLayer) -> bool:
+    weights = [owner._parameters.get(parameter) for owner, parameter in module.reads(module)]
+    return any(weight is not None and is_quantized(weight) for weight in weights)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.layout import Layout
+from lightning_lora.quantized import dense_weight
 from lightning_lora.sites import Slot, slots_at, slots_of
 
 
@@ -128,7 +129,7 @@ class Reader(AdaptedLayer):
 
 
 def adapted_weight(owner: nn.Module, parameter: str) -> Tensor | None:
-    """Return a weight with all adapters in use in it, or None where there is none.
+    """Return a weight, unpacked if need be, with all adapters in use in it, or None where there is none.
 
     Args:
         owner: The module that has the parameter.
@@ -137,7 +138,7 @@ def adapted_weight(owner: nn.Module, parameter: str) -> Tensor | None:
     in_use = [(slot, adapter) for slot in slots_at(owner, parameter) for adapter in slot.in_use()]
     if not in_use:
         return None
-    weight: Tensor = getattr(owner, parameter)
+    weight = dense_weight(owner, parameter)
     for slot, adapter in in_use:
         weight = slot.layout.put(weight, adapter(Adapter.adapted, slot.layout.matrix(weight)))
     return weight
