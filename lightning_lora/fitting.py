@@ -94,14 +94,16 @@ def fit_factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str
         raise AdapterError(f"{file.path}: it holds tensors that belong to no adapted module: {some(extra)}")
 
 
-def fit_to_weights(file: AdapterFile, sizes: Mapping[str, tuple[int, ...]]) -> AdapterFile:
+def fit_to_weights(file: AdapterFile, sizes: Mapping[str, tuple[int, ...]], *, has_turned: bool) -> AdapterFile:
     """Return the file with the layout of every site, told from the sizes of weights where the file does not say it.
 
-    What a layer does with its weight cannot be told, so PEFT's factors are taken for what PEFT itself merges.
+    What a layer does with its weight cannot be told, so PEFT's factors are taken for what PEFT itself merges. Its
+    ``fan_in_fan_out`` holds for the last layer that it met, so it is not believed where layers of both kinds are seen.
 
     Args:
         file: The folder's content.
         sizes: The size of each site's weight, by the site's name.
+        has_turned: Whether the base has layers whose weights lie as (in, out).
 
     Raises:
         AdapterError: If factors do not fit a weight, or fit it in several ways.
@@ -112,15 +114,16 @@ def fit_to_weights(file: AdapterFile, sizes: Mapping[str, tuple[int, ...]]) -> A
     square: list[str] = []
     for group in (*siblings, *alone):
         ways = _ways(file, group, sizes)
-        if not ways or len({stored.owner for stored, _ in ways[0].values()}) < len(group):
-            raise AdapterError(f"{file.path}: its factors do not fit {some(group)} of the base")
-        if len(ways) == 1:
+        if len(ways) == 1 and len({stored.owner for stored, _ in ways[0].values()}) == len(group):
             found |= ways[0]
+        elif len(ways) < 2:
+            raise AdapterError(f"{file.path}: its factors do not fit {some(group)} of the base")
         elif file.stored[group[0]].form is Form:
             square += group
         else:
             raise AdapterError(f"{file.path}: its factors fit {some(group)} in several ways: {_MERGE_MODEL}")
     seen = {layout.transposed for stored, layout in found.values() if stored.form is Form}
+    seen |= {True} if has_turned else set()
     for name in square:
         if not seen <= {file.fan_in_fan_out}:
             raise AdapterError(f"{file.path}: {name} may lie as (out, in) or as (in, out): {_MERGE_MODEL}")

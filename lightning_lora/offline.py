@@ -27,7 +27,7 @@ from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.report import shape_of
 from lightning_lora.saving import CONFIG, OUTSIDE, WEIGHTS
 from lightning_lora.sites import join
-from lightning_lora.weight_files import aliases, read_weights, target_files, weight_files, write_weights
+from lightning_lora.weight_files import aliases, read_weights, target_files, turned, weight_files, write_weights
 
 
 class SiteReport(NamedTuple):
@@ -49,13 +49,25 @@ def inspect(path: Path) -> Iterator[tuple[AdapterFile, list[SiteReport]]]:
     """
     for file in map(read_adapter, adapter_folders(path)):
         rows = []
+        unknown = {name: " or ".join(group) for group in file.siblings() for name in group}
+        for name, group in unknown.items():
+            if file.methods[name] != file.methods[group.partition(" or ")[0]]:
+                raise AdapterError(
+                    f"{file.path}: whose factors are whose of {group} is not in the files, and their ranks or scales "
+                    "differ: load it into the model, with load_adapter"
+                )
         for name in file.methods:
             adapter = _adapter(file, name)
             values = singular_values(adapter)
             method = adapter.method
             rows.append(
                 SiteReport(
-                    name, shape_of(adapter), method.r, method.alpha, float(values.norm()), effective_rank(values)
+                    unknown.get(name, name),
+                    shape_of(adapter),
+                    method.r,
+                    method.alpha,
+                    float(values.norm()),
+                    effective_rank(values),
                 )
             )
         yield file, rows
@@ -85,12 +97,14 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
     loaded = {source: read_weights(source) for source in sources}
     base = {key: state for state, _ in loaded.values() for key in state}
     tied = {key: others for state, _ in loaded.values() for key, others in aliases(state).items()}
+    has_turned = any(turned(state) for state, _ in loaded.values())
     fitted: list[tuple[str, AdapterFile]] = []
     for file in files:
         try:
             root = locate(file, base)
             keys = {name: join(root, whole(name)) for name in file.methods}
-            fitted.append((root, fit_to_weights(file, {name: tuple(base[k][k].shape) for name, k in keys.items()})))
+            sizes = {name: tuple(base[key][key].shape) for name, key in keys.items()}
+            fitted.append((root, fit_to_weights(file, sizes, has_turned=has_turned)))
         except AdapterError as error:
             raise AdapterError(f"{into}: {error}") from None
         for name, key in keys.items():
@@ -104,12 +118,17 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
                 raise AdapterError(f"{into}: it has no {join(root, name)}, which {file.path} has trained in full")
             outside[join(root, name)] = value
     for key, value in outside.items():
+        if key in base and value.shape != base[key][key].shape:
+            raise AdapterError(
+                f"{into}: {key} has shape {list(base[key][key].shape)}, but was trained as {list(value.shape)}"
+            )
         if key in base:
             base[key][key] = value
     for root, file in fitted:
         for name in file.methods:
             key, also = join(root, whole(name)), [join(root, whole(other)) for other in file.tied[name]]
-            alone = [*file.tied_to[name], *(other for other in tied.get(key, []) if other not in also)]
+            names = [*(join(root, other) for other in file.tied_to[name]), *tied.get(key, [])]
+            alone = [other for other in dict.fromkeys(names) if other not in also]
             if alone:
                 raise AdapterError(
                     f"{into}: {key} is tied to {some(alone)}, which would change with it: merge it in the model, with "
@@ -157,15 +176,17 @@ def _merged(file: AdapterFile, name: str, weight: Tensor) -> Tensor:
 def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -> Adapter:
     """Return a site's adapter, rebuilt from the file alone."""
     layout, size = file.layouts[name], file.sizes[name]
-    if layout is not None and size is not None:
-        shape = layout.shape(size)
-    else:
-        shape = (*file.factor(name, "lora_B").shape[:-1], file.factor(name, "lora_A").shape[-1])
-    adapter = file.methods[name].build(shape, seed=0, device=torch.device("meta"), dtype=dtype)
-    values = {factor: file.factor(name, factor).to(dtype) for factor in adapter.state_dict()}
     try:
+        if layout is not None and size is not None:
+            shape = layout.shape(size)
+        else:
+            shape = (*file.factor(name, "lora_B").shape[:-1], file.factor(name, "lora_A").shape[-1])
+        adapter = file.methods[name].build(shape, seed=0, device=torch.device("meta"), dtype=dtype)
+        values = {factor: file.factor(name, factor).to(dtype) for factor in adapter.state_dict()}
         adapter.load_state_dict(values, assign=True)
-    except RuntimeError as error:
+    except AdapterError:
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # sizes that cannot be
         raise AdapterError(f"{file.path}: {name}: {error}") from None
     return adapter
 

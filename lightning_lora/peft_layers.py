@@ -76,12 +76,12 @@ class EmbeddingForm(Form):
     @staticmethod
     def stored(factor: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return (r, vocabulary) of ``lora_B``, (dim, r) of ``lora_A``."""
-        return tensor.mT
+        return tensor.transpose(0, 1)
 
     @staticmethod
     def live(factor: str, tensor: Tensor, r: int, layout: Layout | None) -> Tensor:
         """Return (vocabulary, r) or (r, dim)."""
-        return tensor.mT
+        return tensor.transpose(0, 1)
 
 
 class ConvolutionForm(Form):
@@ -173,8 +173,8 @@ def layer_form(module: nn.Module, parameter: str) -> tuple[type[Form] | None, st
         return EmbeddingForm, ""
     known = kind_of(module) or kind
     if issubclass(known, AdaptedLinear | AdaptedEmbedding | AdaptedConvolution):
-        return None, f"PEFT adds its change to the output of a {plain.__name__}, whose forward is its own"
-    return None, f"PEFT has no adapter for the {parameter} of a {plain.__name__}"
+        return None, f"PEFT adds its change to the output of {plain.__name__}, whose forward is its own"
+    return None, f"PEFT has no adapter for {plain.__name__}.{parameter}"
 
 
 def parameter_form(
@@ -210,7 +210,7 @@ def _other_convolution(layer: Any, known: tuple[type[nn.Module], ...]) -> str:
     if layer.padding_mode != "zeros" and layer.padding != "valid" and any(p != 0 for p in layer.padding):
         return f"PEFT's factors pad with zeros, whatever a convolution's padding_mode={layer.padding_mode!r}"
     if plain_class(layer) not in known:
-        return f"PEFT would build its factors as further {plain_class(layer).__name__}s"
+        return f"PEFT would call the constructor of {plain_class(layer).__name__} for its factors"
     return ""
 
 

@@ -98,3 +98,17 @@ def aliases(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     for name, place in at.items():
         places.setdefault(place, []).append(name)
     return {name: [other for other in places[place] if other != name] for name, place in at.items()}
+
+
+def turned(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of weights that lie as (in, out), as far as their biases show it.
+
+    Args:
+        state: The tensors by name.
+    """
+    biases = {name: state.get(name.removesuffix("weight") + "bias") for name in state if name.endswith(".weight")}
+    return [
+        name
+        for name, bias in biases.items()
+        if bias is not None and state[name].dim() == 2 and state[name].shape[0] != state[name].shape[1] == len(bias)
+    ]

@@ -90,7 +90,7 @@ class Kind(NamedTuple):
 ITSELF = ["layer"]
 RECURRENT = "PyTorch does not trace recurrent layers"
 ATTENTION = "PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to 0.21.2)"
-SEPARATE = "PEFT has no adapter for the q_proj_weight of a MultiheadAttention"
+SEPARATE = "PEFT has no adapter for MultiheadAttention.q_proj_weight"
 PARTS = "PEFT has no adapter for a part of a matrix"
 
 
@@ -199,13 +199,13 @@ KINDS: dict[str, Kind] = {
         lambda: nn.ConvTranspose1d(6, 5, 3, stride=2, output_padding=1),
         lambda: {"input": draw(2, 6, 4)},
         ITSELF,
-        beyond_peft="PEFT has no adapter for the weight of a ConvTranspose1d",
+        beyond_peft="PEFT has no adapter for ConvTranspose1d.weight",
     ),
     "transposed convolution 2d in groups": Kind(
         lambda: nn.ConvTranspose2d(6, 4, (3, 2), stride=2, padding=1, groups=2, dilation=(1, 2)),
         lambda: {"input": draw(2, 6, 3, 4)},
         ITSELF,
-        beyond_peft="PEFT has no adapter for the weight of a ConvTranspose2d",
+        beyond_peft="PEFT has no adapter for ConvTranspose2d.weight",
     ),
     "LSTM": Kind(
         lambda: nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True),
