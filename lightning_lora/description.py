@@ -68,11 +68,12 @@ def _sharing(model: nn.Module, found: list[Site]) -> dict[str, list[str]]:
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append((clean(join(prefix, name)), module, name))
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((clean(join(prefix, name)), module, name))
     return {
         site.name: [
             name
-            for name, module, parameter in holders.get(id(getattr(site.module, site.parameter)), [])
+            for name, module, parameter in holders.get(id(site.weight), [])
             if not any(slot is site.slot for slot in slots_at(module, parameter))
         ]
         for site in found

@@ -47,7 +47,7 @@ def fit_full_values(file: AdapterFile, root: str, chosen: list[Candidate]) -> di
     values = file.full_values()
     if file.root is not None:
         return values
-    weights = {one.site.name: getattr(one.site.module, one.site.parameter) for one in chosen}
+    weights = {one.site.name: one.site.weight for one in chosen}
     copies = {name for name, value in values.items() if _same(value, weights.get(join(root, name)))}
     return {name: value for name, value in values.items() if name not in copies}
 

@@ -177,6 +177,8 @@ def _why_not_sites(
             return f"PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to {LAST_DOUBLING}): {name}"
         if form is None:
             return f"{reason}: {name}"
+        if site.weight is None:
+            return f"PEFT loses what it merges into a weight that is computed: {name}"
         if reader is AdaptedTransformerEncoderLayer:
             return f"PyTorch's fused encoder layer passes PEFT's adapters by in evaluation: {name}"
         if name in tied:

@@ -776,3 +776,26 @@ def test_tensors_of_any_other_shape_end_in_our_own_error(name: str, tmp_path: Pa
                 offline.merge(folder, tmp_path / "base.pt", tmp_path / "merged.pt")
             with suppress(AdapterError):
                 list(offline.inspect(folder))
+
+
+def test_a_parametrized_weight_is_no_peft_file_because_peft_loses_what_it_merges(tmp_path: Path) -> None:
+    def layer() -> nn.Module:
+        return nn.utils.parametrizations.weight_norm(nn.Linear(6, 5, bias=False))
+
+    theirs, x = peft_on(Other(layer, (), "")), draw(2, 6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    outputs = theirs(x)
+    assert not close(theirs.merge_and_unload()(x), outputs, 1e-3)
+    ours = base(layer)
+    load_adapter(ours, tmp_path / "theirs")  # unmerged it computes as ours
+    assert close(ours(x), outputs, 1e-12)
+    save_adapter(ours, tmp_path / "adapter")
+    described = read_tensors(tmp_path / "adapter" / "adapter_model.safetensors")[1]
+    assert described["not_for_peft"].startswith("PEFT loses what it merges into a weight that is computed")
+    assert described["sites"]["inner.layer.weight"].keys() == {"r", "alpha", "base", "size", "form"}
+    fresh = base(layer)
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh(x), ours(x))
+    torch.save(base(layer).state_dict(), tmp_path / "base.pt")
+    with pytest.raises(AdapterError, match=r"inner\.layer\.weight, which the model does not have"):
+        offline.merge(tmp_path / "adapter", tmp_path / "base.pt", tmp_path / "merged.pt")
