@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.description import describe, fingerprint
-from lightning_lora.files import SECTION, AdapterError, write_file, write_folder
-from lightning_lora.loading import adopt, check_same, some
+from lightning_lora.files import SECTION, AdapterError, some, write_file, write_folder
+from lightning_lora.loading import adopt, check_same
 from lightning_lora.merge import check_not_merged, merge_
 from lightning_lora.saving import folder_contents
 from lightning_lora.sites import clean, named_submodules, sites

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.files import SCHEMA, AdapterError
-from lightning_lora.layout import Layout
+from lightning_lora.layers import kind_of
+from lightning_lora.layers.seam import AdaptedLayer
+from lightning_lora.layout import Layout, whole_number
 from lightning_lora.method import Method, known_methods
+from lightning_lora.peft_layers import FORMS
 from lightning_lora.quantized import identifying_values
-from lightning_lora.sites import Site, relative, tied_names
+from lightning_lora.sites import Site, clean, join, relative, slots_at, tied_names
 
 _BLOCKS, _BLOCK = 64, 64
+_LONGEST = 2**40  # of a dimension
 
 
 def describe(
@@ -33,14 +37,16 @@ def describe(
     """
     methods = {site.name: site.adapter(task).method for site in found}
     first = next(iter(methods.values()))
-    tied = tied_names(model)
+    tied, shared = tied_names(model), _sharing(model, found)
     described = {
         relative(site.name, root): {
             "r": methods[site.name].r,
             "alpha": methods[site.name].alpha,
             "base": prints[site.name],
+            "size": list((kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)),
             "layout": site.slot.layout.described(),
             "tied": [relative(name, root) for name in tied[site.name]],
+            "tied_to": [name.removeprefix(f"{root}.") for name in shared[site.name]],
         }
         for site in found
     }
@@ -55,6 +61,23 @@ def describe(
             for name, values in described.items()
         },
         "trained_in_full": sorted(full),
+    }
+
+
+def _sharing(model: nn.Module, found: list[Site]) -> dict[str, list[str]]:
+    """Return, by site name, the names under which layers without the site's adapters have its parameter."""
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((clean(join(prefix, name)), module, name))
+    return {
+        site.name: [
+            name
+            for name, module, parameter in holders.get(id(site.weight), [])
+            if not any(slot is site.slot for slot in slots_at(module, parameter))
+        ]
+        for site in found
     }
 
 
@@ -74,15 +97,27 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
     if not described["sites"]:
         raise AdapterError(f"{path}: its description names no site")
     for name, values in described["sites"].items():
-        if not isinstance(values, dict) or not isinstance(values.get("base"), str | None):
-            raise AdapterError(f"{path}: what its description says of {name} is not in order")
-        tied = values.get("tied", [])
-        if not isinstance(tied, list) or not all(isinstance(other, str) for other in tied):
+        if not isinstance(values, dict) or not _is_site(values, len(described["sites"])):
             raise AdapterError(f"{path}: what its description says of {name} is not in order")
     if not all(isinstance(name, str) for name in described["trained_in_full"]):
         raise AdapterError(f"{path}: field 'trained_in_full' of its description holds something else than names")
+    if not isinstance(described.get("not_for_peft"), str | None):
+        raise AdapterError(f"{path}: field 'not_for_peft' of its description is not a str")
     methods_of(described, path)
     layouts_of(described, path)
+
+
+def _is_site(values: Mapping[str, Any], number_of_sites: int) -> bool:
+    """Tell whether what a description says of a site is in order, but for its layout and its method."""
+    base, form, size, level = (values.get(field) for field in ("base", "form", "size", "level"))
+    names = [values.get("tied", []), values.get("tied_to", [])]
+    return (
+        isinstance(base, str | None)
+        and (form is None or (isinstance(form, str) and form in FORMS))
+        and (level is None or (whole_number(level) and 0 <= level < number_of_sites))
+        and (size is None or (isinstance(size, list) and all(whole_number(n) and 0 <= n < _LONGEST for n in size)))
+        and all(isinstance(some, list) and all(isinstance(name, str) for name in some) for some in names)
+    )
 
 
 def layouts_of(described: Mapping[str, Any], path: object) -> dict[str, Layout]:
@@ -97,9 +132,20 @@ def layouts_of(described: Mapping[str, Any], path: object) -> dict[str, Layout]:
         raise AdapterError(f"{path}: {error}") from None
 
 
-def tied_of(described: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the further names, if any, of the tied weight that each site of a description is."""
-    return {name: values.get("tied", []) for name, values in described["sites"].items()}
+def sizes_of(described: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Return the size of each site's parameter in a description; None where it does not say."""
+    sizes = {name: values.get("size") for name, values in described["sites"].items()}
+    return {name: None if size is None else tuple(size) for name, size in sizes.items()}
+
+
+def tied_of(described: Mapping[str, Any], adapted: bool = True) -> dict[str, list[str]]:
+    """Return the further names, if any, of the tied weight that each site of a description is.
+
+    Args:
+        described: The description.
+        adapted: Whether they are those of layers that share the adapter, or of those that have none.
+    """
+    return {name: values.get("tied" if adapted else "tied_to", []) for name, values in described["sites"].items()}
 
 
 def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:

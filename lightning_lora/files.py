@@ -29,6 +29,11 @@ class AdapterError(ValueError):
     """An adapter file or checkpoint that cannot be used as it is; the message says what, where and what to do."""
 
 
+def some(names: list[str]) -> str:
+    """Return the first five names as text."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part.
 

@@ -87,10 +87,10 @@ class Layout:
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in fields.items():
             if name == "rows":
-                right = isinstance(value, list | tuple) and len(value) == 2 and all(map(_whole, value))
+                right = isinstance(value, list | tuple) and len(value) == 2 and all(map(whole_number, value))
                 right = right and 0 <= value[0] < value[1]
             elif name == "groups":
-                right = _whole(value) and value >= 1
+                right = whole_number(value) and value >= 1
             else:
                 right = name in known and isinstance(value, bool)
             if not right:
@@ -99,5 +99,6 @@ class Layout:
         return cls(**{**fields, "rows": None if rows is None else (rows[0], rows[1])})
 
 
-def _whole(value: object) -> bool:
+def whole_number(value: object) -> bool:
+    """Tell whether a value from a file is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)

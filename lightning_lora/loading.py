@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lora.candidates import Candidate, candidates
 from lightning_lora.description import check_description, fingerprint, layouts_of, methods_of, tied_of
-from lightning_lora.files import AdapterError, read_tensors
+from lightning_lora.files import AdapterError, read_tensors, some
+from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
 from lightning_lora.inject import check_task_name, insert
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
@@ -53,8 +54,10 @@ def load_adapter(
     values: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, Tensor] = {}
     bare = False
-    for file in (read_adapter(folder) for folder in adapter_folders(path)):
+    for folder in adapter_folders(path):
+        file = read_adapter(folder)
         root = locate(file, available)
+        file = file.with_order(root, available)
         bare |= bool(file.root) and not root
         chosen = [
             _described(
@@ -63,14 +66,15 @@ def load_adapter(
             for name in file.methods
         ]
         _check_device([one.site for one in chosen], file.path)
+        check_computed_alike(file, chosen)
         again = [one.site.name for one in chosen if one.site.name in values]
         if again:
             raise AdapterError(f"{path}: two of its folders adapt {some(again)}: load one of them, such as {file.path}")
         if not allow_base_mismatch:
             check_base(file.path, [one.site for one in chosen], list(file.bases.values()))
         targets += zip(chosen, file.methods.values(), strict=True)
-        values |= {one.site.name: factors for one, factors in zip(chosen, _factors(file, chosen), strict=True)}
-        entries |= {join(root, name): value for name, value in file.full_values().items()}
+        values |= {one.site.name: factors for one, factors in zip(chosen, fit_factors(file, chosen), strict=True)}
+        entries |= {join(root, name): value for name, value in fit_full_values(file, root, chosen).items()}
     modules = named_submodules(model)
     if (path / OUTSIDE).exists() and not bare:
         entries |= read_tensors(path / OUTSIDE)[0]
@@ -231,36 +235,6 @@ def check_base(path: object, found: list[Site], bases: list[str | None]) -> None
         )
 
 
-def _factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str, Tensor]]:
-    """Yield each site's factors after checking that every expected tensor is there in its shape, and no other."""
-    used = set(file.full.values())
-    for one, (name, method) in zip(chosen, file.methods.items(), strict=True):
-        factors: dict[str, Tensor] = {}
-        try:
-            meta = {"seed": 0, "device": torch.device("meta"), "dtype": torch.float32}
-            blueprint = method.build(one.shape, **meta, looked_up=one.layout.looked_up)  # type: ignore[arg-type]
-        except (RuntimeError, TypeError) as error:  # a size beyond all bounds
-            raise AdapterError(f"{file.path}: {name}: r={method.r}: {str(error).splitlines()[0]}") from None
-        for factor, expected in blueprint.state_dict().items():
-            key = file.factor(name, factor)
-            tensor = file.tensors.get(key)
-            if tensor is None:
-                raise AdapterError(f"{file.path}: {key} is missing")
-            if tensor.shape != expected.shape:
-                raise AdapterError(
-                    f"{file.path}: {key} has shape {list(tensor.shape)}, but {list(expected.shape)} is expected: "
-                    f"r={method.r} on a {' x '.join(map(str, one.shape))} matrix"
-                )
-            if not tensor.is_floating_point():
-                raise AdapterError(f"{file.path}: {key} is stored as {tensor.dtype}, not as floating point")
-            used.add(key)
-            factors[factor] = tensor
-        yield factors
-    extra = sorted(set(file.tensors) - used)
-    if extra:
-        raise AdapterError(f"{file.path}: it holds tensors that belong to no adapted module: {some(extra)}")
-
-
 def _check_device(found: list[Site], path: Path) -> None:
     absent = [site.name for site in found if site.weight is not None and site.weight.is_meta]
     if absent:
@@ -276,8 +250,3 @@ def _check_fits(modules: Mapping[str, nn.Module], name: str, value: Tensor, path
         raise AdapterError(f"{path}: {name} has shape {list(value.shape)}, the model's is {list(present.shape)}")
     if present.is_floating_point() != value.is_floating_point():
         raise AdapterError(f"{path}: {name} is stored as {value.dtype}, the model's is {present.dtype}")
-
-
-def some(names: list[str]) -> str:
-    """Return the first five names as text."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

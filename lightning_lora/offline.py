@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -17,15 +17,18 @@ from lightning_lora import peft_format
 from lightning_lora.adapter import Adapter
 from lightning_lora.analysis import effective_rank, singular_values
 from lightning_lora.description import digest
-from lightning_lora.files import AdapterError, read_tensors, write_file, write_folder
+from lightning_lora.files import AdapterError, read_tensors, some, write_folder
+from lightning_lora.fitting import fit_to_weights
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole
-from lightning_lora.method import Method
+from lightning_lora.peft_format import PARTS
+from lightning_lora.peft_layers import Form
 from lightning_lora.quantized import format_of
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.report import shape_of
 from lightning_lora.saving import CONFIG, OUTSIDE, WEIGHTS
 from lightning_lora.sites import join
+from lightning_lora.weight_files import aliases, read_weights, target_files, turned, weight_files, write_weights
 
 
 class SiteReport(NamedTuple):
@@ -47,12 +50,25 @@ def inspect(path: Path) -> Iterator[tuple[AdapterFile, list[SiteReport]]]:
     """
     for file in map(read_adapter, adapter_folders(path)):
         rows = []
-        for name, adapter in _adapters(file):
+        unknown = {name: " or ".join(group) for group in file.siblings() for name in group}
+        for name, group in unknown.items():
+            if file.methods[name] != file.methods[group.partition(" or ")[0]]:
+                raise AdapterError(
+                    f"{file.path}: whose factors are whose of {group} is not in the files, and their ranks or scales "
+                    "differ: load it into the model, with load_adapter"
+                )
+        for name in file.methods:
+            adapter = _adapter(file, name)
             values = singular_values(adapter)
             method = adapter.method
             rows.append(
                 SiteReport(
-                    name, shape_of(adapter), method.r, method.alpha, float(values.norm()), effective_rank(values)
+                    unknown.get(name, name),
+                    shape_of(adapter),
+                    method.r,
+                    method.alpha,
+                    float(values.norm()),
+                    effective_rank(values),
                 )
             )
         yield file, rows
@@ -77,49 +93,116 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
     """
     files = [read_adapter(folder) for folder in adapter_folders(adapter)]
     outside = read_tensors(adapter / OUTSIDE)[0] if (adapter / OUTSIDE).exists() else {}
-    sources = _weight_files(into)
-    targets = _targets(into, sources, out)
-    loaded = {source: _read_weights(source) for source in sources}
-    holder = {key: source for source, (state, _) in loaded.items() for key in state}
+    sources = weight_files(into)
+    targets = target_files(into, sources, out)
+    loaded = {source: read_weights(source) for source in sources}
+    base = {key: state for state, _ in loaded.values() for key in state}
+    tied = {key: others for state, _ in loaded.values() for key, others in aliases(state).items()}
+    has_turned = any(turned(state) for state, _ in loaded.values())
+    fitted: list[tuple[str, AdapterFile]] = []
     for file in files:
         try:
-            prefix = locate(file, holder)
+            root = locate(file, base)
+            keys = {name: join(root, whole(name)) for name in file.methods}
+            sizes = {name: tuple(base[key][key].shape) for name, key in keys.items()}
+            fitted.append((root, fit_to_weights(file, sizes, has_turned=has_turned)))
         except AdapterError as error:
             raise AdapterError(f"{into}: {error}") from None
-        for name, site in _adapters(file):
-            key = join(prefix, whole(name))
-            state = loaded[holder[key]][0]
-            layout = file.layouts[name] or Layout()
-            if not state[key].is_floating_point() or format_of(state[key]) is not None:
+        for name, key in keys.items():
+            weight = base[key][key]
+            if not weight.is_floating_point() or format_of(weight) is not None:
                 raise AdapterError(
-                    f"{into}: {key} is packed ({type(state[key]).__name__} of {state[key].dtype}), and only its model "
-                    "can unpack it: load both in Python and call merge_(dequantize_(model, dtype))"
+                    f"{into}: {key} is packed ({type(weight).__name__} of {weight.dtype}), and only its model can "
+                    "unpack it: load both in Python and call merge_(dequantize_(model, dtype))"
                 )
-            if not allow_base_mismatch and file.bases[name] not in (None, digest(state[key])):
+            if not allow_base_mismatch and file.bases[name] not in (None, digest(weight)):
                 raise AdapterError(
                     f"{into}: {key} is not what {adapter} was trained on: give that base, or --allow_base_mismatch"
                 )
-            with torch.no_grad():
-                state[key] = layout.put(state[key], site.adapted(layout.matrix(state[key])))
-        outside |= {join(prefix, name): value for name, value in file.full_values().items()}
+    for root, file in fitted:
+        for name, value in file.full_values().items():
+            if join(root, name) not in base:
+                raise AdapterError(f"{into}: it has no {join(root, name)}, which {file.path} has trained in full")
+            outside[join(root, name)] = value
     for key, value in outside.items():
-        if key in holder:
-            loaded[holder[key]][0][key] = value
+        if key in base and value.shape != base[key][key].shape:
+            raise AdapterError(
+                f"{into}: {key} has shape {list(base[key][key].shape)}, but was trained as {list(value.shape)}"
+            )
+        if key in base:
+            base[key][key] = value
+    for root, file in fitted:
+        for name in file.methods:
+            key, also = join(root, whole(name)), [join(root, whole(other)) for other in file.tied[name]]
+            names = [*(join(root, other) for other in file.tied_to[name]), *tied.get(key, [])]
+            alone = [other for other in dict.fromkeys(names) if other not in also]
+            if alone:
+                raise AdapterError(
+                    f"{into}: {key} is tied to {some(alone)}, which would change with it: merge it in the model, with "
+                    "merge_, after untying them"
+                )
+            merged = _merged(file, name, base[key][key])
+            for other in (key, *also):
+                if other in base:
+                    base[other][other] = merged if other == key else merged.clone()
     for source, target in targets.items():
-        state, container = loaded[source]
-        _write_weights(target, state, container)
+        write_weights(target, *loaded[source])
     if into.is_dir():
-        for other in into.iterdir():
-            if other.is_file() and other not in sources:
-                shutil.copy2(other, out / other.name)
+        for other_file in into.iterdir():
+            if other_file.is_file() and other_file not in sources:
+                shutil.copy2(other_file, out / other_file.name)
     return list(targets.values())
+
+
+@torch.no_grad()
+def _whole_changes(file: AdapterFile) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the scaled up (out, r) and the down (r, in) of each matrix, those of its parts put together."""
+    changes: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in file.methods:
+        adapter = _adapter(file, name)
+        up, down = adapter.factors()
+        up, layout, size = adapter.scaling * up, file.layouts[name], file.sizes[name]
+        if layout is not None and layout.rows is not None and size is not None:
+            blank = up.new_zeros(dataclasses.replace(layout, rows=None).shape(size)[0], up.shape[1])
+            up = blank.index_copy(0, torch.arange(*layout.rows), up)
+        before = changes.get(whole(name))
+        changes[whole(name)] = (
+            (up, down) if before is None else (torch.cat([before[0], up], 1), torch.cat([before[1], down]))
+        )
+    return changes
+
+
+@torch.no_grad()
+def _merged(file: AdapterFile, name: str, weight: Tensor) -> Tensor:
+    """Return a base's weight with a site's adapter in it."""
+    layout = file.layouts[name] or Layout()
+    adapter = _adapter(file, name, torch.promote_types(weight.dtype, torch.float32))
+    return layout.put(weight, adapter.adapted(layout.matrix(weight))).contiguous()
+
+
+def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -> Adapter:
+    """Return a site's adapter, rebuilt from the file alone."""
+    layout, size = file.layouts[name], file.sizes[name]
+    try:
+        if layout is not None and size is not None:
+            shape = layout.shape(size)
+        else:
+            shape = (*file.factor(name, "lora_B").shape[:-1], file.factor(name, "lora_A").shape[-1])
+        adapter = file.methods[name].build(shape, seed=0, device=torch.device("meta"), dtype=dtype)
+        values = {factor: file.factor(name, factor).to(dtype) for factor in adapter.state_dict()}
+        adapter.load_state_dict(values, assign=True)
+    except AdapterError:
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # sizes that cannot be
+        raise AdapterError(f"{file.path}: {name}: {error}") from None
+    return adapter
 
 
 def export(adapter: Path, out: Path) -> list[str]:
     """Write an adapter in the portable form that every reader of PEFT's format computes alike.
 
     All ranks are padded with zeros to the largest, the scale is folded into B, alpha equals r, and modules are listed
-    by their full names, without patterns.
+    by their full names, without patterns. Adapters of parts of one matrix become one of the sum of their ranks.
 
     Args:
         adapter: The adapter folder.
@@ -129,7 +212,7 @@ def export(adapter: Path, out: Path) -> list[str]:
         Notes on what some readers will refuse.
 
     Raises:
-        AdapterError: If there are several networks in the folder, or PEFT has no name for what is adapted.
+        AdapterError: If there are several networks in the folder, or something else than linear layers is adapted.
         FileExistsError: If ``out`` exists.
     """
     if out.exists():
@@ -139,19 +222,26 @@ def export(adapter: Path, out: Path) -> list[str]:
         raise AdapterError(f"{adapter} holds {len(folders)} networks: export one of {', '.join(map(str, folders))}")
     file = read_adapter(folders[0])
     fields = json.loads((folders[0] / CONFIG).read_bytes())
-    if fields.get("peft_type") == peft_format.OWN_TYPE:
-        raise AdapterError(f"{adapter}: PEFT's format cannot express it; merge it into the base instead")
-    rank = max(method.r for method in file.methods.values())
-    tensors = {name: file.tensors[name] for name in peft_format.full_entries(file.tensors)}
-    with torch.no_grad():
-        for name, site in _adapters(file):
-            up, down = (factor.float() for factor in site.factors())
-            pad = rank - down.shape[0]
-            tensors[file.factor(name, "lora_A")] = torch.nn.functional.pad(down, (0, 0, 0, pad))
-            tensors[file.factor(name, "lora_B")] = torch.nn.functional.pad(site.scaling * up, (0, pad))
+    if file.not_for_peft is not None and not file.not_for_peft.startswith(PARTS):
+        raise AdapterError(f"{adapter} has no portable form: {file.not_for_peft}; merge it into the base instead")
+    for name, form in file.forms.items():
+        if form is not Form or ".base_layer." in file.stored[name].owner or whole(name).endswith(".in_proj_weight"):
+            raise AdapterError(
+                f"{adapter} has no portable form: {name} is not the weight of a linear layer; merge it into the base "
+                "instead, or give the folder to PEFT as it is"
+            )
+    changes = _whole_changes(file)
+    rank = max(down.shape[0] for _, down in changes.values())
+    places, full = peft_format.places(dict.fromkeys(changes, Form), {}, file.full)
+    tensors = {full[name]: value for name, value in file.full_values().items()}
+    for name, (up, down) in changes.items():
+        pad = rank - down.shape[0]
+        tensors[places[name].key("lora_A")] = torch.nn.functional.pad(down, (0, 0, 0, pad))
+        tensors[places[name].key("lora_B")] = torch.nn.functional.pad(up, (0, pad))
     portable = {"r": rank, "lora_alpha": rank, "use_rslora": False, "lora_dropout": 0.0}
     kept = ("target_modules", "exclude_modules", "modules_to_save", "bias", "base_model_name_or_path")
     config = {key: fields.get(key) for key in kept}
+    config["fan_in_fan_out"] = file.fan_in_fan_out or any(one and one.transposed for one in file.layouts.values())
     config |= {"peft_type": "LORA", "inference_mode": True, "rank_pattern": {}, "alpha_pattern": {}, **portable}
     weights = safetensors.torch.save({k: t.contiguous().clone() for k, t in tensors.items()}, {"format": "pt"})
     write_folder(out, {WEIGHTS: weights, CONFIG: json.dumps(config, indent=2, sort_keys=True).encode()})
@@ -162,71 +252,3 @@ def export(adapter: Path, out: Path) -> list[str]:
         outside = sorted(read_tensors(adapter / OUTSIDE)[0])
         notes.append(f"{', '.join(outside)}: outside of the network, so not exported")
     return notes
-
-
-def _adapters(file: AdapterFile) -> Iterator[tuple[str, Adapter]]:
-    """Yield each site's adapter, rebuilt from the file alone."""
-    for name, method in file.methods.items():
-        yield name, _adapter(file, name, method)
-
-
-def _adapter(file: AdapterFile, name: str, method: Method) -> Adapter:
-    keys = {factor: file.factor(name, factor) for factor in ("lora_A", "lora_B")}
-    absent = [key for key in keys.values() if key not in file.tensors]
-    if absent:
-        raise AdapterError(f"{file.path}: {absent[0]} is missing")
-    values = {factor: file.tensors[key] for factor, key in keys.items()}
-    shape = (*values["lora_B"].shape[:-1], values["lora_A"].shape[-1])
-    adapter = method.build(shape, seed=0, device=torch.device("cpu"), dtype=values["lora_A"].dtype)
-    try:
-        adapter.load_state_dict(values)
-    except RuntimeError as error:
-        raise AdapterError(f"{file.path}: {name}: {error}") from None
-    return adapter
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        raise AdapterError(f"{path}: no such file, or a folder without .safetensors files")
-    return found
-
-
-def _targets(into: Path, sources: list[Path], out: Path) -> dict[Path, Path]:
-    to_folder = into.is_dir() or not out.suffix or out.is_dir()
-    targets = {source: out / source.name if to_folder else out for source in sources}
-    present = [target for target in targets.values() if target.exists()]
-    if present:
-        raise FileExistsError(f"{present[0]} exists: give another --out")
-    return targets
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return the tensors of a weight file, and the checkpoint around them if there is one."""
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path), None
-        except (safetensors.SafetensorError, OSError) as error:
-            raise AdapterError(f"{path}: damaged or not a safetensors file: {error}") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise AdapterError(f"{path}: not readable as plain weights: {reason}") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AdapterError(f"{path}: holds no state dict")
-    return dict(state), content if state is not content else None
-
-
-def _write_weights(path: Path, state: dict[str, Tensor], container: dict[str, Any] | None) -> None:
-    if path.suffix == ".safetensors":
-        whole = {key: tensor.contiguous() for key, tensor in state.items()}
-        write_file(path, lambda file: file.write(safetensors.torch.save(whole, {"format": "pt"})))
-        return
-    training = ("optimizer_states", "lr_schedulers")  # they belong to the base's own training, not to merged weights
-    kept = {key: value for key, value in (container or {}).items() if key not in training}
-    content = {**kept, "state_dict": state} if container is not None else state
-    write_file(path, lambda file: torch.save(content, file))

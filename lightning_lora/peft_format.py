@@ -1,4 +1,4 @@
-"""PEFT's on-disk format: names of tensors and the fields of ``adapter_config.json``.
+"""Write PEFT's on-disk format: names of tensors and the fields of ``adapter_config.json``.
 
 A folder describes one network. Names in it are relative to that network: what PEFT, transformers or a server would
 load, not the LightningModule around it.
@@ -9,105 +9,221 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_lora.files import AdapterError
-from lightning_lora.method import Method, known_methods
-from lightning_lora.sites import added_modules, join
+from lightning_lora.layers import kind_of
+from lightning_lora.layers.attention import AdaptedMultiheadAttention, AdaptedTransformerEncoderLayer
+from lightning_lora.layers.seam import AdaptedLayer, plain_class
+from lightning_lora.method import Method
+from lightning_lora.peft_layers import FORMS, Form, OwnForm, ParameterForm, Stored, layer_form, parameter_form
+from lightning_lora.sites import Site, added_modules, join
 
 PREFIX = "base_model.model."
 OWN_TYPE = "LIGHTNING_LORA"
-_LAST_DOUBLING = "0.21.2"
+PARTS = "PEFT has no adapter for a part of a matrix"
+LAST_DOUBLING = "0.21.2"  # the last PEFT that adds the change of an attention's out_proj twice
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_LITERAL_NAME = re.compile(r"\^?(\w|\\?[-.])+\$?", re.ASCII)
 
 
-def tensor_name(network: nn.Module, site: str, factor: str) -> str:
-    """Return PEFT's name of one factor of one adapted matrix.
+class Expressed(NamedTuple):
+    """How a network's adapters are written.
+
+    Attributes:
+        config: The content of ``adapter_config.json``: PEFT's, or one of our own type that no other library takes for
+            its own.
+        reason: Why PEFT could not express the adapters; None where it can.
+        stored: Where the factors of each site lie, by the site's name.
+        full: The tensor name of each entry that is trained in full, by the entry's name.
+        forms: The name of the form, if there is one, that each site's factors have in PEFT.
+        levels: The number of PEFT's wrappers outside of that of each site that it adapts as a parameter.
+    """
+
+    config: dict[str, Any]
+    reason: str | None
+    stored: dict[str, Stored]
+    full: dict[str, str]
+    forms: dict[str, str]
+    levels: dict[str, int]
+
+
+def express(
+    network: nn.Module, found: Mapping[str, Site], methods: Mapping[str, Method], tied: set[str], full: set[str]
+) -> Expressed:
+    """Return how to write a network's adapters, in PEFT's format where PEFT computes what they do.
 
     Args:
         network: The network that the names are relative to.
-        site: The matrix, as its key in the network's state dict.
-        factor: The adapter's parameter, such as ``lora_A``.
+        found: Its sites by name.
+        methods: The method of each site.
+        tied: The sites whose adapter works on several layers.
+        full: Names of the entries that are trained in full.
     """
-    plain, in_attention = tensor_names(site, factor)
-    return in_attention if _in_attention(network, site) else plain
+    ways = {name: _form(site) for name, site in found.items()}
+    forms = {name: form for name, (form, _) in ways.items() if form is not None}
+    parameters = {name for name, form in forms.items() if form is ParameterForm}
+    reason = _why_not_sites(network, found, methods, tied, ways) or _why_not_together(found, methods, parameters, full)
+    reason = reason or _why_not_names(network, parameters, full) or _why_not_parts(found)
+    fields = _fields(network, found, parameters, full)
+    named = {name: label for name, form in forms.items() for label, known in FORMS.items() if form is known}
+    levels = _levels(found, parameters)
+    if reason is not None:
+        return Expressed(fields | {"peft_type": OWN_TYPE}, reason, *own_places(found, full), named, levels)
+    located = places(forms, levels, full)
+    return Expressed(fields | _values(found, methods, parameters), None, *located, named, levels)
 
 
-def tensor_names(site: str, factor: str) -> tuple[str, str]:
-    """Return PEFT's name of one factor, and its name where the matrix is an attention's output projection."""
-    module, _, parameter = site.rpartition(".")
-    module = module if parameter in ("weight", "in_proj_weight") else site
-    owner, _, child = module.rpartition(".")
-    tail = join(factor, "weight")
-    return PREFIX + join(module, tail), PREFIX + join(owner, "base_layer", child, tail)
-
-
-def _in_attention(network: nn.Module, site: str) -> bool:
-    module = site.rpartition(".")[0]
-    owner, _, child = module.rpartition(".")
-    return child == "out_proj" and isinstance(network.get_submodule(owner), nn.MultiheadAttention)
-
-
-def full_name(name: str, adapted: Iterable[str]) -> str:
-    """Return PEFT's name of an entry that is trained in full; a bias of an adapted module is one level down."""
-    module, _, entry = name.rpartition(".")
-    return PREFIX + (join(module, "base_layer", entry) if module in adapted else name)
-
-
-def config(network: nn.Module, methods: Mapping[str, Method], full: set[str]) -> tuple[dict[str, Any], str | None]:
-    """Return ``adapter_config.json`` for a network's adapters.
+def own_places(found: Iterable[str], full: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return where factors, and entries trained in full, lie in a file of our own type: under their own names.
 
     Args:
-        network: The network.
-        methods: The method of each site, by the site's name.
-        full: Names of the entries that are trained in full.
-
-    Returns:
-        The config, and None; or a config of our own type that no other library takes for its own, and the reason why
-        PEFT could not express the adapters.
+        found: Names of the sites.
+        full: Names of the entries.
     """
-    reason = _why_not_peft(network, methods, full)
-    common = Counter(methods.values()).most_common(1)[0][0]
-    modules = {site: site.rpartition(".")[0] for site in methods}
+    return {name: Stored(name, OwnForm) for name in found}, {name: name for name in full}
+
+
+def places(
+    forms: Mapping[str, type[Form]], levels: Mapping[str, int], full: Iterable[str]
+) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return where factors, and entries trained in full, lie in a file of PEFT's.
+
+    Args:
+        forms: The form of each site's factors.
+        levels: The number of wrappers outside of that of each site that is adapted as a parameter.
+        full: Names of the entries.
+    """
+    wrappers = Counter(_module(name) for name in forms)
+    stored = {name: Stored(_wrapped(_module(name), levels.get(name, 0)), form) for name, form in forms.items()}
+    return stored, {name: join(_wrapped(_module(name), wrappers[_module(name)]), _last(name)) for name in full}
+
+
+def _wrapped(module: str, levels: int) -> str:
+    """Return PEFT's name of what is inside of so many wrappers around a module."""
+    return PREFIX + join(module, *["base_layer"] * levels)
+
+
+def _form(site: Site) -> tuple[type[Form] | None, str]:
+    """Return the form in which PEFT stores a site's adapter, put on the layer if that is right, else on the parameter.
+
+    The reason, if neither is right, is that for the layer.
+    """
+    form, reason = layer_form(site.module, site.parameter)
+    if form is not None or site.slot.layout.rows is not None or isinstance(site.module, nn.MultiheadAttention):
+        return form, reason
+    size = (kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)
+    return parameter_form(site.module, site.parameter, site.slot.layout, size)[0], reason
+
+
+def _levels(found: Mapping[str, Site], parameters: set[str]) -> dict[str, int]:
+    """Return how many wrappers are outside of that of each adapted parameter: the module's first is innermost."""
+    levels = {}
+    for name in parameters:
+        own = [join(_module(name), entry) for entry in found[name].module._parameters]
+        levels[name] = len(parameters.intersection(own[own.index(name) + 1 :]))
+    return levels
+
+
+def _fields(network: nn.Module, found: Mapping[str, Site], parameters: set[str], full: set[str]) -> dict[str, Any]:
+    """Return what the config says of names."""
+    adapted = {_module(name) for name in found}
     whole = _whole_modules(network, full)
-    biases = {name for name in full if not _inside(name, whole)}
-    owners = {name.rpartition(".")[0] for name in biases}
+    biases = {_module(name) for name in full if not _inside(name, whole)}
     fields = {
-        "peft_type": OWN_TYPE,
-        "target_modules": _exactly_these(network, set(modules.values())),
-        "rank_pattern": {_exactly(modules[s]): m.r for s, m in methods.items() if m.r != common.r},
-        "alpha_pattern": {_exactly(modules[s]): m.alpha for s, m in methods.items() if m.alpha != common.alpha},
+        "target_modules": _exactly_these(network, {_module(name) for name in found if name not in parameters}),
         "modules_to_save": sorted(whole) or None,
-        "bias": "none" if not biases else "lora_only" if owners <= set(modules.values()) else "all",
+        "bias": "none" if not biases else "lora_only" if biases <= adapted else "all",
         "base_model_name_or_path": getattr(getattr(network, "config", None), "name_or_path", None) or None,
         "inference_mode": True,
     }
-    return (fields | (common.peft_config() or {}) if reason is None else fields), reason
+    return fields | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
-def _why_not_peft(network: nn.Module, methods: Mapping[str, Method], full: set[str]) -> str | None:
-    for site, method in methods.items():
-        module, _, parameter = site.rpartition(".")
-        if method.peft_config() is None:
-            return f"PEFT does not have {type(method).__name__}"
-        if not module:
+def _values(found: Mapping[str, Site], methods: Mapping[str, Method], parameters: set[str]) -> dict[str, Any]:
+    """Return what the config says of the method."""
+    common = Counter(methods.values()).most_common(1)[0][0]
+    keys = {name: _exactly(name if name in parameters else _module(name)) for name in found}
+    transposed = any(found[name].slot.layout.transposed for name in found if name not in parameters)
+    return {
+        **(common.peft_config() or {}),
+        "rank_pattern": {keys[name]: method.r for name, method in methods.items() if method.r != common.r},
+        "alpha_pattern": {keys[name]: method.alpha for name, method in methods.items() if method.alpha != common.alpha},
+        **({"fan_in_fan_out": True} if transposed else {}),
+    }
+
+
+def _why_not_sites(
+    network: nn.Module,
+    found: Mapping[str, Site],
+    methods: Mapping[str, Method],
+    tied: set[str],
+    ways: Mapping[str, tuple[type[Form] | None, str]],
+) -> str | None:
+    readers: dict[tuple[int, str], type[AdaptedLayer]] = {}
+    for module in network.modules():
+        kind = kind_of(module)
+        fused = plain_class(module).forward is nn.TransformerEncoderLayer.forward
+        if kind is not None and (fused or issubclass(kind, AdaptedMultiheadAttention)):
+            readers |= {(id(owner), parameter): kind for owner, parameter in kind.reads(module)}
+    for name, site in found.items():
+        reader = readers.get((id(site.module), site.parameter))
+        form, reason = ways[name]
+        if methods[name].peft_config() is None:
+            return f"PEFT does not have {type(methods[name]).__name__}"
+        if not _module(name):
             return "PEFT adapts layers inside a network, not a network that is one layer"
-        if parameter == "in_proj_weight" or _in_attention(network, site):
-            return f"PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to {_LAST_DOUBLING}): {site}"
-        if parameter != "weight":
-            return f"PEFT has no adapter for {site}"
+        if reader is AdaptedMultiheadAttention and form is Form:
+            return f"PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to {LAST_DOUBLING}): {name}"
+        if form is None:
+            return f"{reason}: {name}"
+        if site.weight is None:
+            return f"PEFT loses what it merges into a weight that is computed: {name}"
+        if reader is AdaptedTransformerEncoderLayer:
+            return f"PyTorch's fused encoder layer passes PEFT's adapters by in evaluation: {name}"
+        if name in tied:
+            return f"PEFT gives each of several tied layers an adapter of its own: {name}"
+    return None
+
+
+def _why_not_together(
+    found: Mapping[str, Site], methods: Mapping[str, Method], parameters: set[str], full: set[str]
+) -> str | None:
+    transposed = [name for name in found if name not in parameters and found[name].slot.layout.transposed]
+    for name in sorted(parameters):
+        if (methods[name].peft_config() or {}).get("lora_dropout"):
+            return f"PEFT's target_parameters takes no dropout: {name}"
+        if transposed:
+            return f"PEFT's target_parameters goes with no Conv1D: {name} and {transposed[0]}"
+        inner = next(
+            (other for other in sorted({*found, *full}) if _module(other).startswith(f"{_module(name)}.")), None
+        )
+        if inner is not None:
+            return f"PEFT's target_parameters hides what is inside the module: {name} and {inner}"
+    return None
+
+
+def _why_not_names(network: nn.Module, parameters: set[str], full: set[str]) -> str | None:
     whole = _whole_modules(network, full)
     for name in sorted(full):
-        if not _inside(name, whole) and name.rpartition(".")[2] != "bias":
+        if not _inside(name, whole) and _last(name) != "bias":
             return f"PEFT cannot train {name} in full without the rest of its module"
-    for name in _names(network):
+    names = _names(network)
+    for name in names:
         meant = next((module for module in whole if name != module and name.endswith(module)), None)
         if meant is not None:
             return f"PEFT would train {name} in full as well, because it ends like {meant}"
+        for entry in network.get_submodule(name)._parameters if parameters else ():
+            key = join(name, entry)
+            meant = next((other for other in parameters if key not in parameters and key.endswith(f".{other}")), None)
+            if meant is not None:
+                return f"PEFT would adapt {key} as well, because it ends like {meant}"
     return None
+
+
+def _why_not_parts(found: Mapping[str, Site]) -> str | None:
+    part = next((name for name, site in found.items() if site.slot.layout.rows is not None), None)
+    return None if part is None else f"{PARTS}: {part}"
 
 
 def _whole_modules(network: nn.Module, full: set[str]) -> list[str]:
@@ -146,104 +262,9 @@ def _exactly(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def read_config(fields: Mapping[str, Any], path: object) -> Method:
-    """Return the method that a config written by PEFT describes.
-
-    Raises:
-        AdapterError: If no known method fits, or a value is out of range.
-    """
-    for cls in known_methods().values():
-        try:
-            method = cls.from_peft(fields)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AdapterError(f"{path}: {error}") from None
-        if method is not None:
-            return method
-    raise AdapterError(f"{path}: peft_type={fields.get('peft_type')!r} is not supported; known: LORA")
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
-def site_values(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], path: object) -> dict[str, Method]:
-    """Return the method of each site in a folder that PEFT wrote; ranks come from the tensors' shapes.
-
-    Args:
-        fields: The content of ``adapter_config.json``.
-        tensors: The content of the weights file, by name.
-        path: For messages.
-
-    Raises:
-        AdapterError: If nothing is an adapter, or a pattern cannot be read literally.
-    """
-    method = read_config(fields, path)
-    found: dict[str, Method] = {}
-    for key in _adapted(tensors):
-        owner, _, child = key.rpartition(".base_layer.")
-        in_attention = child == "out_proj" and f"{owner}.lora_A.weight" in tensors
-        module = (owner if in_attention else key).removeprefix(PREFIX)
-        site = join(module, "in_proj_weight" if f"{key}.base_layer.out_proj.lora_A.weight" in tensors else "weight")
-        tensor = tensors[f"{key}.lora_A.weight"]
-        try:
-            alpha = _alpha(fields.get("alpha_pattern") or {}, module, method.alpha)
-            if in_attention:
-                site = join(module, "out_proj", "weight")
-                alpha *= 2 if _doubles(fields) else 1
-            found[site] = method.at(tensor.shape[0] if tensor.dim() else 0, alpha)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AdapterError(f"{path}: {module}: {error}") from None
-    if not found:
-        raise AdapterError(f"{path}: no tensor is called {PREFIX}<module>.lora_A.weight: nothing here is an adapter")
-    return found
-
-
-def _adapted(tensors: Iterable[str]) -> list[str]:
-    """Return the adapted modules by the names that PEFT gives them in a file."""
-    return [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-
-
-def _doubles(fields: Mapping[str, Any]) -> bool:
-    """Tell whether the PEFT that wrote a config adds the change of an attention's output projection twice.
-
-    https://github.com/huggingface/peft/pull/3774; older versions than 0.18 do not write their number.
-    """
-    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version")))
-    return version is None or tuple(map(int, version.groups())) <= tuple(map(int, _LAST_DOUBLING.split(".")))
-
-
-def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a folder's tensors without the copies that PEFT writes of a bias in a module that is trained in full."""
-    plain = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in tensors}
-    return {name: tensor for name, tensor in tensors.items() if plain[name] == name or plain[name] not in tensors}
-
-
-def full_entries(tensors: Iterable[str]) -> dict[str, str]:
-    """Return the entries trained in full among a folder's tensors: their name in the network by PEFT's name."""
-    adapted = set(_adapted(tensors))
-    return {
-        name: _without_base_layers(name, adapted).removeprefix(PREFIX)
-        for name in tensors
-        if not re.search(r"\.lora_[A-Za-z_]+(\.weight)?$", name)
-    }
-
-
-def _without_base_layers(name: str, adapted: set[str]) -> str:
-    """Return a name without the level that PEFT puts below adapted modules."""
-    seen, *rest = name.split(".base_layer.")
-    plain = seen
-    for part in rest:
-        plain = f"{plain}.{part}" if seen in adapted else f"{plain}.base_layer.{part}"
-        seen = f"{seen}.base_layer.{part}"
-    return plain
-
-
-def _alpha(patterns: Any, module: str, default: float) -> float:
-    if not isinstance(patterns, dict):
-        raise ValueError(f"alpha_pattern is a {type(patterns).__name__} where an object is expected")
-    for pattern, alpha in patterns.items():
-        if not _LITERAL_NAME.fullmatch(pattern):
-            raise ValueError(
-                f"alpha_pattern key {pattern!r} is a regular expression, and none from a file is run: "
-                "write module names there"
-            )
-        literal = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
-        if module == literal or (not pattern.startswith("^") and module.endswith(f".{literal}")):
-            return float(alpha)
-    return default
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

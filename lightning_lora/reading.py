@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_lora import peft_format
-from lightning_lora.description import check_description, layouts_of, methods_of, tied_of
+from lightning_lora import peft_format, peft_reading
+from lightning_lora.description import check_description, layouts_of, methods_of, sizes_of, tied_of
 from lightning_lora.files import AdapterError, parse_json, read_tensors
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
+from lightning_lora.peft_layers import FORMS, Form, ParameterForm, Stored
 from lightning_lora.saving import CONFIG, WEIGHTS
+from lightning_lora.sites import join
 
 
 class AdapterFile(NamedTuple):
@@ -23,30 +26,76 @@ class AdapterFile(NamedTuple):
         root: The network's name in the model that it was trained in; None where another library wrote the folder.
         methods: The method of each site, by the site's name in the network.
         layouts: How each site lies as a matrix; None where another library wrote the folder.
-        tied: The further names of the tied weight that a site is.
+        sizes: The size of each site's parameter, likewise.
+        tied: The further names of the tied weight that a site is, of layers that share its adapter.
+        tied_to: Those of layers without the adapter.
         bases: The fingerprint of each site's base weight, None where it is not known.
+        forms: The form that each site's factors have in PEFT, or would have if all the others could be expressed.
+        stored: Where they lie among the tensors.
         full: The tensor name of each entry that is trained in full, by the entry's name in the network.
-        tensors: Everything in the weights file, by PEFT's names.
+        tensors: Everything in the weights file, by the names that they have there.
+        not_for_peft: Why PEFT cannot express the adapters; None where it can.
+        fan_in_fan_out: Whether PEFT's config says that linear layers' weights lie as (in, out).
     """
 
     path: Path
     root: str | None
     methods: dict[str, Method]
     layouts: dict[str, Layout | None]
+    sizes: dict[str, tuple[int, ...] | None]
     tied: dict[str, list[str]]
+    tied_to: dict[str, list[str]]
     bases: dict[str, str | None]
+    forms: dict[str, type[Form]]
+    stored: dict[str, Stored]
     full: dict[str, str]
     tensors: dict[str, Tensor]
+    not_for_peft: str | None
+    fan_in_fan_out: bool
 
-    def factor(self, site: str, name: str) -> str:
-        """Return the tensor name of one factor of one site, in either place where PEFT may have put it.
+    def factor(self, site: str, name: str) -> Tensor:
+        """Return one factor of one site as the adapter has it.
 
         Args:
             site: The site's name in the network.
             name: The adapter's parameter, such as ``lora_A``.
+
+        Raises:
+            AdapterError: If it is not there, or in no shape that it can have.
         """
-        plain, in_attention = peft_format.tensor_names(site, name)
-        return in_attention if plain not in self.tensors and in_attention in self.tensors else plain
+        stored = self.stored[site]
+        key = stored.key(name)
+        if key not in self.tensors:
+            raise AdapterError(f"{self.path}: {key} is missing")
+        try:
+            return stored.form.live(name, self.tensors[key], self.methods[site].r, self.layouts[site])
+        except (RuntimeError, IndexError):
+            raise AdapterError(
+                f"{self.path}: {key} has shape {list(self.tensors[key].shape)}, which fits no r={self.methods[site].r}"
+            ) from None
+
+    def siblings(self) -> list[list[str]]:
+        """Return the groups of sites in one module of which the files do not say whose factors are whose."""
+        groups: dict[str, list[str]] = {}
+        for site, stored in self.stored.items():
+            if self.root is None and stored.form is ParameterForm:
+                groups.setdefault(site.rpartition(".")[0], []).append(site)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def with_order(self, root: str, parameters: Iterable[str]) -> AdapterFile:
+        """Return the file with the factors of sibling parameters given out as PEFT does: the last has the outermost.
+
+        Args:
+            root: The network's name in the model at hand.
+            parameters: Names of the model's parameters, those of one module in the module's own order.
+        """
+        order = {name: i for i, name in enumerate(parameters)}
+        stored = dict(self.stored)
+        for group in self.siblings():
+            owners = sorted((stored[site].owner for site in group), key=len)
+            last_first = sorted(group, key=lambda site: -order[join(root, site)])
+            stored |= {site: Stored(owner, ParameterForm) for site, owner in zip(last_first, owners, strict=True)}
+        return self._replace(stored=stored)
 
     def full_values(self) -> dict[str, Tensor]:
         """Return what is trained in full, by its name in the network.
@@ -89,14 +138,54 @@ def read_adapter(folder: Path) -> AdapterFile:
         config = folder / CONFIG
         if not config.is_file():
             raise AdapterError(f"{folder}: no {CONFIG} beside {WEIGHTS}")
-        tensors = peft_format.without_copies(tensors)
-        methods = peft_format.site_values(parse_json(config.read_bytes(), config), tensors, folder)
-        full = {name: key for key, name in peft_format.full_entries(tensors).items()}
-        nothing = dict.fromkeys(methods)
-        return AdapterFile(folder, None, methods, nothing, {name: [] for name in methods}, nothing, full, tensors)
+        tensors = peft_reading.without_copies(tensors)
+        fields = parse_json(config.read_bytes(), config)
+        methods, stored = peft_reading.read_sites(fields, tensors, folder)
+        return AdapterFile(
+            path=folder,
+            root=None,
+            methods=methods,
+            layouts=dict.fromkeys(methods),
+            sizes=dict.fromkeys(methods),
+            tied={name: [] for name in methods},
+            tied_to={name: [] for name in methods},
+            bases=dict.fromkeys(methods),
+            forms={name: one.form for name, one in stored.items()},
+            stored=stored,
+            full=peft_reading.full_entries(tensors),
+            tensors=tensors,
+            not_for_peft=None,
+            fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
+        )
     check_description(described, folder)
-    bases = {name: values.get("base") for name, values in described["sites"].items()}
-    adapted = {name.rpartition(".")[0] for name in described["sites"]}
-    full = {name: peft_format.full_name(name, adapted) for name in described["trained_in_full"]}
-    methods, layouts = methods_of(described, folder), layouts_of(described, folder)
-    return AdapterFile(folder, described["root"], methods, {**layouts}, tied_of(described), bases, full, tensors)
+    stored, full = _places(described)
+    return AdapterFile(
+        path=folder,
+        root=described["root"],
+        methods=methods_of(described, folder),
+        layouts={**layouts_of(described, folder)},
+        sizes=sizes_of(described),
+        tied=tied_of(described),
+        tied_to=tied_of(described, adapted=False),
+        bases={name: values.get("base") for name, values in described["sites"].items()},
+        forms=_forms(described),
+        stored=stored,
+        full=full,
+        tensors=tensors,
+        not_for_peft=described.get("not_for_peft"),
+        fan_in_fan_out=False,
+    )
+
+
+def _places(described: Mapping[str, Any]) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return where the factors of each site lie in a folder of ours, and the tensor name of what is trained in full."""
+    sites, full = described["sites"], described["trained_in_full"]
+    if described.get("not_for_peft") is not None:
+        return peft_format.own_places(sites, full)
+    levels = {name: values.get("level", 0) for name, values in sites.items()}
+    return peft_format.places(_forms(described), levels, full)
+
+
+def _forms(described: Mapping[str, Any]) -> dict[str, type[Form]]:
+    """Return the form that each site's factors have in PEFT, or would have if all the others could be expressed."""
+    return {name: FORMS[values.get("form", "linear")] for name, values in described["sites"].items()}

@@ -16,7 +16,7 @@ from lightning_lora import peft_format
 from lightning_lora.description import describe, fingerprint
 from lightning_lora.files import SCHEMA, to_bytes, write_folder
 from lightning_lora.merge import check_not_merged
-from lightning_lora.sites import Site, clean, join, named_submodules, relative, sites
+from lightning_lora.sites import Site, clean, join, named_submodules, relative, sites, tied_names
 from lightning_lora.state import own_entries, trained_in_full
 
 WEIGHTS = "adapter_model.safetensors"
@@ -93,23 +93,30 @@ def _network_files(
 ) -> dict[str, bytes]:
     network = named_submodules(model)[root]
     described = describe(model, list(inside.values()), task, root, full, prints)
-    methods = {relative(name, root): site.adapter(task).method for name, site in inside.items()}
-    fields, reason = peft_format.config(network, methods, full)
-    if reason is not None:
-        described["not_for_peft"] = reason
+    found = {relative(name, root): site for name, site in inside.items()}
+    methods = {name: site.adapter(task).method for name, site in found.items()}
+    tied = {relative(name, root) for name, others in tied_names(model).items() if others}
+    expressed = peft_format.express(network, found, methods, tied, full)
+    if expressed.reason is not None:
+        described["not_for_peft"] = expressed.reason
+    for name, form in expressed.forms.items():
+        described["sites"][name]["form"] = form
+    for name, level in expressed.levels.items():
+        described["sites"][name]["level"] = level
     tensors: dict[str, Tensor] = {}
-    for name, site in inside.items():
+    for name, site in found.items():
+        module, _, key = site.name.rpartition(".")
+        size = tuple(described["sites"][name]["size"])
         for factor in site.adapter(task).state_dict():
-            module, _, key = name.rpartition(".")
-            live = join(module, "adapters", key, task, factor)
-            tensors[peft_format.tensor_name(network, relative(name, root), factor)] = state[live]
-    adapted = {name.rpartition(".")[0] for name in methods}
-    for name in full:
-        tensors[peft_format.full_name(name, adapted)] = state[join(root, name)]
+            stored = expressed.stored[name]
+            live = state[join(module, "adapters", key, task, factor)]
+            tensors[stored.key(factor)] = stored.form.stored(factor, live, size)
+    for name, key in expressed.full.items():
+        tensors[key] = state[join(root, name)]
     folder = f"{root or '_'}/" if several else ""
     return {
         folder + WEIGHTS: to_bytes(tensors, described),
-        folder + CONFIG: json.dumps(fields, indent=2, sort_keys=True).encode(),
+        folder + CONFIG: json.dumps(expressed.config, indent=2, sort_keys=True).encode(),
     }
 
 

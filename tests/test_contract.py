@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +28,7 @@ from lightning_lora import (
     load_adapter,
     merge_,
     merged,
+    offline,
     remove,
     save_adapter,
     sites,
@@ -32,6 +36,7 @@ from lightning_lora import (
     using,
 )
 from lightning_lora.adapter import Adapter
+from lightning_lora.files import read_tensors
 
 NESTED_TENSORS_ARE_A_PROTOTYPE = "ignore:The PyTorch API of nested tensors:UserWarning"
 pytestmark = pytest.mark.filterwarnings(NESTED_TENSORS_ARE_A_PROTOTYPE)
@@ -79,10 +84,14 @@ class Kind(NamedTuple):
     targets: str | list[str] = "all-linear"
     fused: dict[str, list[str] | dict[str, int]] | None = None
     uncompiled: str = ""  # why torch.compile makes no whole graph of it
+    beyond_peft: str = ""  # why PEFT cannot express adapters on it
 
 
 ITSELF = ["layer"]
 RECURRENT = "PyTorch does not trace recurrent layers"
+ATTENTION = "PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to 0.21.2)"
+SEPARATE = "PEFT has no adapter for MultiheadAttention.q_proj_weight"
+PARTS = "PEFT has no adapter for a part of a matrix"
 
 
 KINDS: dict[str, Kind] = {
@@ -91,35 +100,46 @@ KINDS: dict[str, Kind] = {
     "attention": Kind(
         lambda: nn.MultiheadAttention(8, 2, batch_first=True),
         lambda: {"query": draw(2, 4, 8), "key": draw(2, 4, 8), "value": draw(2, 4, 8)},
+        beyond_peft=ATTENTION,
     ),
     "attention without bias, sequence first": Kind(
         lambda: nn.MultiheadAttention(8, 2, bias=False),
         lambda: {"query": draw(3, 2, 8), "key": draw(4, 2, 8), "value": draw(4, 2, 8)},
+        beyond_peft=ATTENTION,
     ),
     "attention with other key and value sizes": Kind(
         lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True),
         lambda: {"query": draw(2, 3, 8), "key": draw(2, 4, 6), "value": draw(2, 4, 4)},
+        beyond_peft=SEPARATE,
     ),
     "attention with other sizes, without bias, sequence first": Kind(
         lambda: nn.MultiheadAttention(8, 2, bias=False, kdim=6, vdim=4),
         lambda: {"query": draw(3, 2, 8), "key": draw(4, 2, 6), "value": draw(4, 2, 4)},
+        beyond_peft=SEPARATE,
     ),
-    "encoder layer": Kind(encoder_layer, lambda: {"src": draw(2, 4, 8)}),
+    "encoder layer": Kind(encoder_layer, lambda: {"src": draw(2, 4, 8)}, beyond_peft=ATTENTION),
     "encoder layer with padding": Kind(
-        encoder_layer, lambda: {"src": draw(2, 4, 8), "src_key_padding_mask": PADDED.clone()}
+        encoder_layer,
+        lambda: {"src": draw(2, 4, 8), "src_key_padding_mask": PADDED.clone()},
+        beyond_peft=ATTENTION,
     ),
     "encoder layer, normalized first, without bias": Kind(
         lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, norm_first=True, bias=False),
         lambda: {"src": draw(4, 2, 8)},
+        beyond_peft=ATTENTION,
     ),
-    "encoder": Kind(lambda: nn.TransformerEncoder(encoder_layer(), 2), lambda: {"src": draw(2, 4, 8)}),
+    "encoder": Kind(
+        lambda: nn.TransformerEncoder(encoder_layer(), 2), lambda: {"src": draw(2, 4, 8)}, beyond_peft=ATTENTION
+    ),
     "encoder with nested tensors": Kind(
         lambda: nn.TransformerEncoder(encoder_layer(), 2),
         lambda: {"src": draw(2, 4, 8), "src_key_padding_mask": PADDED.clone()},
+        beyond_peft=ATTENTION,
     ),
     "decoder layer": Kind(
         lambda: nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True),
         lambda: {"tgt": draw(2, 3, 8), "memory": draw(2, 4, 8)},
+        beyond_peft=ATTENTION,
     ),
     "decoder": Kind(
         lambda: nn.TransformerDecoder(
@@ -133,16 +153,22 @@ KINDS: dict[str, Kind] = {
         lambda: {"input": draw(2, 4, 6)},
         ["layer.q", "layer.v"],
         {"layer": {"q": 4, "k": 2, "v": 2}},
+        beyond_peft=PARTS,
     ),
     "attention, two parts of its input projection": Kind(
         lambda: nn.MultiheadAttention(8, 2, batch_first=True),
         lambda: {"query": draw(2, 4, 8), "key": draw(2, 4, 8), "value": draw(2, 4, 8)},
         ["layer.q", "layer.v"],
         {"in_proj_weight": ["q", "k", "v"]},
+        beyond_peft=ATTENTION,
     ),
     "transformers' Conv1D": Kind(lambda: Conv1D(5, 6), lambda: {"x": draw(2, 4, 6)}),
     "fused Conv1D, two of its parts": Kind(
-        lambda: Conv1D(9, 6), lambda: {"x": draw(2, 4, 6)}, ["layer.q", "layer.v"], {"layer": ["q", "k", "v"]}
+        lambda: Conv1D(9, 6),
+        lambda: {"x": draw(2, 4, 6)},
+        ["layer.q", "layer.v"],
+        {"layer": ["q", "k", "v"]},
+        beyond_peft=PARTS,
     ),
     "embedding": Kind(lambda: nn.Embedding(7, 5), lambda: {"input": indices(2, 4)}, ITSELF),
     "embedding with padding, scaled by frequency": Kind(
@@ -152,7 +178,10 @@ KINDS: dict[str, Kind] = {
         lambda: nn.Embedding(7, 5, max_norm=1.5, norm_type=1.0), lambda: {"input": indices(2, 4)}, ITSELF
     ),
     "convolution 1d, dilated, causal context": Kind(
-        lambda: nn.Conv1d(6, 5, 3, padding=4, dilation=2), lambda: {"input": draw(2, 6, 7)}, ITSELF
+        lambda: nn.Conv1d(6, 5, 3, padding=4, dilation=2),
+        lambda: {"input": draw(2, 6, 7)},
+        ITSELF,
+        beyond_peft="PEFT's factors leave the dilation=(2,) of a convolution out",
     ),
     "convolution 2d with stride": Kind(
         lambda: nn.Conv2d(6, 5, (3, 2), stride=(2, 1), padding=1), lambda: {"input": draw(2, 6, 5, 6)}, ITSELF
@@ -161,17 +190,22 @@ KINDS: dict[str, Kind] = {
         lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular", groups=2, bias=False),
         lambda: {"input": draw(2, 6, 5, 6)},
         ITSELF,
+        beyond_peft="PEFT's factors do not keep to the groups=2 of a convolution",
     ),
     "convolution 3d": Kind(
         lambda: nn.Conv3d(4, 3, (1, 1, 3), padding="same"), lambda: {"input": draw(2, 4, 2, 3, 5)}, ITSELF
     ),
     "transposed convolution 1d": Kind(
-        lambda: nn.ConvTranspose1d(6, 5, 3, stride=2, output_padding=1), lambda: {"input": draw(2, 6, 4)}, ITSELF
+        lambda: nn.ConvTranspose1d(6, 5, 3, stride=2, output_padding=1),
+        lambda: {"input": draw(2, 6, 4)},
+        ITSELF,
+        beyond_peft="PEFT has no adapter for ConvTranspose1d.weight",
     ),
     "transposed convolution 2d in groups": Kind(
         lambda: nn.ConvTranspose2d(6, 4, (3, 2), stride=2, padding=1, groups=2, dilation=(1, 2)),
         lambda: {"input": draw(2, 6, 3, 4)},
         ITSELF,
+        beyond_peft="PEFT has no adapter for ConvTranspose2d.weight",
     ),
     "LSTM": Kind(
         lambda: nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True),
@@ -392,6 +426,36 @@ def test_a_saved_adapter_gives_a_fresh_base_the_same_outputs(
     for mode in MODES:
         assert torch.equal(run(fresh, kind, mode, torch.float32), run(model, kind, mode, torch.float32))
     assert same(state(fresh), state(model))
+
+
+@every_kind
+@every_method
+def test_the_folder_is_pefts_where_peft_can_express_it_and_says_why_where_not(
+    kind: str, method: Method, tmp_path: Path
+) -> None:
+    save_adapter(adapted(kind, method), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    why = read_tensors(tmp_path / "adapter" / "adapter_model.safetensors")[1].get("not_for_peft", "")
+    in_peft = method.peft_config()
+    expected = KINDS[kind].beyond_peft if in_peft else "PEFT does not have"
+    assert why.startswith(expected) if expected else not why
+    assert config["peft_type"] == ("LIGHTNING_LORA" if why else in_peft["peft_type"])
+
+
+@every_kind
+@every_method
+@pytest.mark.parametrize("file", ["base.pt", "base.safetensors"])
+def test_merging_files_alone_writes_what_merging_the_model_does(
+    kind: str, method: Method, file: str, tmp_path: Path
+) -> None:
+    model, plain = adapted(kind, method, torch.float32), base(kind, torch.float32)
+    save_adapter(model, tmp_path / "adapter")
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / "base.safetensors")
+    torch.save(plain.state_dict(), tmp_path / "base.pt")
+    (written,) = offline.merge(tmp_path / "adapter", tmp_path / file, tmp_path / f"out-{file}")
+    values = torch.load(written) if file == "base.pt" else safetensors.torch.load_file(written)
+    assert same(values, merge_(model).state_dict())
+    assert not same(values, plain.state_dict())
 
 
 def pickled(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ import os
 import random
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import AdapterError, LoRA, inject, load_adapter, merge_, merged, remove, save_adapter, sites
+from lightning_lora import (
+    AdapterError,
+    LoRA,
+    inject,
+    load_adapter,
+    merge_,
+    merged,
+    offline,
+    remove,
+    save_adapter,
+    sites,
+)
 from lightning_lora.description import digest
 from lightning_lora.files import SCHEMA, SECTION, _exchange, read_tensors, to_bytes, write_file, write_folder
 from lightning_lora.state import trained_in_full
@@ -304,6 +316,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 2, "alpha": 10**400}}}),
         "hyperparameters of LoRA: int too large",
     ),
+    "a form that is unknown": (
+        lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 2, "alpha": 1.0, "form": "cube"}}}),
+        "what its description says of body.0.weight is not in order",
+    ),
+    "a form of another kind of layer": (
+        lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 2, "alpha": 1.0, "form": "embedding"}}}),
+        "base_model.model.body.0.lora_embedding_B is missing",
+    ),
+    "a level that would fill the memory": (
+        lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 2, "alpha": 1.0, "level": 10**12}}}),
+        "what its description says of body.0.weight is not in order",
+    ),
+    "a size that is none": (
+        lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 2, "alpha": 1.0, "size": [-1, "x"]}}}),
+        "what its description says of body.0.weight is not in order",
+    ),
+    "a reason that is no text": (
+        lambda f: rewrite(f, lambda t: None, {"not_for_peft": 3}),
+        "field 'not_for_peft' of its description is not a str",
+    ),
     "no site": (lambda f: rewrite(f, lambda t: None, {"sites": {}}), "its description names no site"),
     "a site that is no object": (
         lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": 2}}),
@@ -376,6 +408,11 @@ FOREIGN: dict[str, tuple[dict[str, Any] | str, str]] = {
         r"alpha_pattern key 'body\\.\\d+' is a regular expression, and none from a file is run",
     ),
     "an alpha pattern that would never end": ({"alpha_pattern": {"(a+)+$": 4}}, "is a regular expression"),
+    "target parameters that are no names": ({"target_parameters": [3]}, "target_parameters=[3] is no list of names"),
+    "a rank pattern of a parameter that is a regular expression": (
+        {"target_parameters": ["body.0.weight"], "rank_pattern": {".*weight": 3}},
+        "rank_pattern key '.*weight' is a regular expression, and none from a file is run",
+    ),
     "an alpha that is no number": ({"alpha_pattern": {"body.0": "x"}}, "body.0"),
     "an alpha pattern that is no object": ({"alpha_pattern": ["body.0"]}, "alpha_pattern is a list"),
     "a rank that is no number": ({"r": "two"}, "r='two': the rank must be a whole number"),
@@ -607,6 +644,8 @@ def test_damage_at_random_never_ends_in_another_error(folder: Path) -> None:
             load_adapter(model, folder)
         except AdapterError:
             assert sites(model) == []
+        with suppress(AdapterError):
+            list(offline.inspect(folder))
 
 
 def leftovers(path: Path) -> list[str]:

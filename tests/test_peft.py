@@ -322,7 +322,7 @@ def test_attention_from_a_peft_that_adds_once_is_added_once(tmp_path: Path) -> N
     assert alphas == {"0.21.2": twice, "0.21.3.dev0": once, "0.22.0": once, None: twice}
 
 
-@pytest.mark.parametrize("case", [*CASES.values(), ATTENDING], ids=[*CASES, "attention"])
+@every_case
 def test_tensors_have_the_names_that_peft_gives_them(case: Case, tmp_path: Path) -> None:
     save_adapter(with_ours(case), tmp_path / "ours")
     with_theirs(case).save_pretrained(tmp_path / "theirs")
@@ -400,7 +400,7 @@ BEYOND_PEFT: dict[str, tuple[Case, dict[str, Any], str]] = {
     "separate projections": (
         ATTENDING._replace(build=SeparateAttending),
         {"target_modules": ["q_proj_weight", "v_proj_weight"]},
-        "PEFT has no adapter for attn.q_proj_weight",
+        "PEFT has no adapter for MultiheadAttention.q_proj_weight: attn.q_proj_weight",
     ),
     "an attention's own biases in full": (
         ATTENDING,
@@ -480,8 +480,7 @@ def test_peft_adapters_of_other_names_lie_in_sub_folders(tmp_path: Path) -> None
     [
         {"use_dora": True},
         {"lora_bias": True},
-        {"fan_in_fan_out": True},
-        {"target_parameters": ["head.weight"]},
+        {"trainable_token_indices": [1]},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},

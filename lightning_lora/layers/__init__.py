@@ -41,16 +41,23 @@ def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
     return next((kind for kind in KINDS if kind.fits(plain)), None)
 
 
-def swap_layer(module: nn.Module) -> None:
-    """Give a module the class in which the adapters on its own parameters work.
+def kind_in_use(module: nn.Module) -> type[AdaptedLayer]:
+    """Return what adapters on a module's own parameters do in it, or would do.
 
     A known layer whose class has another forward than PyTorch's is treated as one that reads its weight, unless that
     forward computes the same.
     """
+    if isinstance(module, AdaptedLayer):
+        return type(module).__mro__[1]
     kind = kind_of(module)
     if kind is None or (issubclass(kind, Called) and not kind.computes_as_plain(module)):
-        kind = AdaptedParameters
-    swap(module, kind)
+        return AdaptedParameters
+    return kind
+
+
+def swap_layer(module: nn.Module) -> None:
+    """Give a module the class in which the adapters on its own parameters work."""
+    swap(module, kind_in_use(module))
 
 
 def swap_readers(model: nn.Module) -> None:

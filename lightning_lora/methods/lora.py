@@ -35,10 +35,8 @@ _OTHER_COMPUTATIONS = (  # options of PEFT's LoraConfig that make it something e
     "kasa_config",
     "monteclora_config",
     "velora_config",
-    "fan_in_fan_out",
     "lora_bias",
     "layer_replication",
-    "target_parameters",
     "trainable_token_indices",
 )
 

@@ -1,0 +1,171 @@
+"""Read PEFT's on-disk format: which matrices a folder that PEFT wrote adapts, and where their factors lie in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.files import AdapterError
+from lightning_lora.method import Method, known_methods
+from lightning_lora.peft_format import LAST_DOUBLING, PREFIX
+from lightning_lora.peft_layers import ConvolutionForm, EmbeddingForm, Form, ParameterForm, Stored
+from lightning_lora.sites import join
+
+_LITERAL_NAME = re.compile(r"\^?(\w|\\?[-.])+\$?", re.ASCII)
+_DOWN = re.compile(r"\.(lora_A\.weight|lora_embedding_A)$")
+
+
+def read_config(fields: Mapping[str, Any], path: object) -> Method:
+    """Return the method that a config written by PEFT describes.
+
+    Raises:
+        AdapterError: If no known method fits, or a value is out of range.
+    """
+    for cls in known_methods().values():
+        try:
+            method = cls.from_peft(fields)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise AdapterError(f"{path}: {error}") from None
+        if method is not None:
+            return method
+    raise AdapterError(f"{path}: peft_type={fields.get('peft_type')!r} is not supported; known: LORA")
+
+
+def read_sites(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor], path: object
+) -> tuple[dict[str, Method], dict[str, Stored]]:
+    """Return the method of each site in a folder that PEFT wrote, and where its factors lie.
+
+    Which of several adapted parameters of one module has which of the module's wrappers is not in the files: they are
+    taken in alphabetical order.
+
+    Args:
+        fields: The content of ``adapter_config.json``.
+        tensors: The content of the weights file, by name.
+        path: For messages.
+
+    Raises:
+        AdapterError: If nothing is an adapter, or a pattern cannot be read literally.
+    """
+    method = read_config(fields, path)
+    methods: dict[str, Method] = {}
+    stored: dict[str, Stored] = {}
+    for module, owners in _owners(tensors).items():
+        try:
+            names = _target_parameters(fields, module)
+            if len(owners) != max(1, len(names)):
+                raise ValueError(
+                    f"which {len(owners)} of its parameters are adapted cannot be told from "
+                    f"target_parameters={fields.get('target_parameters')!r}"
+                )
+            if not names:
+                name, values = _layer(fields, method, module, owners[0], tensors)
+                methods[name], stored[name] = values
+            for name, owner in zip(names, owners, strict=bool(names)):
+                r = _value(fields, "rank_pattern", name, method.r)
+                alpha = float(_value(fields, "alpha_pattern", name, method.alpha))
+                methods[name], stored[name] = method.at(r, alpha), Stored(owner, ParameterForm)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise AdapterError(f"{path}: {module}: {error}") from None
+    if not methods:
+        raise AdapterError(f"{path}: no tensor is called {PREFIX}<module>.lora_A.weight: nothing here is an adapter")
+    return methods, stored
+
+
+def _layer(
+    fields: Mapping[str, Any], method: Method, module: str, owner: str, tensors: Mapping[str, Tensor]
+) -> tuple[str, tuple[Method, Stored]]:
+    """Return the site that an adapter on a layer is, its method, and where its factors lie."""
+    form: type[Form]
+    if f"{owner}.lora_embedding_A" in tensors:
+        form, down = EmbeddingForm, tensors[f"{owner}.lora_embedding_A"]
+    else:
+        down = tensors[f"{owner}.lora_A.weight"]
+        form = ConvolutionForm if down.dim() > 2 else Form
+    outer, _, child = owner.rpartition(".base_layer.")
+    in_attention = child == "out_proj" and f"{outer}.lora_A.weight" in tensors
+    in_attention = in_attention and not _target_parameters(fields, _parent(module))
+    alpha = float(_value(fields, "alpha_pattern", _parent(module) if in_attention else module, method.alpha))
+    if in_attention and _doubles(fields):
+        alpha *= 2
+    parameter = "in_proj_weight" if f"{owner}.base_layer.out_proj.lora_A.weight" in tensors else "weight"
+    return join(module, parameter), (method.at(down.shape[0] if down.dim() else 0, alpha), Stored(owner, form))
+
+
+def _owners(tensors: Iterable[str]) -> dict[str, list[str]]:
+    """Return PEFT's names of the wrappers around each adapted module, outermost first, by the module's own name."""
+    adapted = _adapted(tensors)
+    found: dict[str, list[str]] = {}
+    for owner in adapted:
+        found.setdefault(_without_base_layers(owner, adapted).removeprefix(PREFIX), []).append(owner)
+    return {module: sorted(owners, key=len) for module, owners in found.items()}
+
+
+def _adapted(tensors: Iterable[str]) -> list[str]:
+    """Return the adapted modules by the names that PEFT gives them in a file."""
+    return [_DOWN.sub("", name) for name in tensors if _DOWN.search(name)]
+
+
+def _target_parameters(fields: Mapping[str, Any], module: str) -> list[str]:
+    """Return the parameters of a module that ``target_parameters`` means, in alphabetical order."""
+    entries = fields.get("target_parameters") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"target_parameters={entries!r} is no list of names")
+    names = {(entry, join(module, entry.rpartition(".")[2])) for entry in entries}
+    return sorted({name for entry, name in names if name == entry or name.endswith(f".{entry}")})
+
+
+def _doubles(fields: Mapping[str, Any]) -> bool:
+    """Tell whether the PEFT that wrote a config adds the change of an attention's output projection twice.
+
+    https://github.com/huggingface/peft/pull/3774; older versions than 0.18 do not write their number.
+    """
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version")))
+    return version is None or tuple(map(int, version.groups())) <= tuple(map(int, LAST_DOUBLING.split(".")))
+
+
+def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a folder's tensors without the copies that PEFT writes of a bias in a module that is trained in full."""
+    plain = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if plain[name] == name or plain[name] not in tensors}
+
+
+def full_entries(tensors: Iterable[str]) -> dict[str, str]:
+    """Return the entries that are not adapters among a folder's tensors: PEFT's name by their name in the network."""
+    adapted = _adapted(tensors)
+    return {
+        _without_base_layers(name, adapted).removeprefix(PREFIX): name
+        for name in tensors
+        if not re.search(r"\.lora_[A-Za-z_]+(\.weight)?$", name)
+    }
+
+
+def _without_base_layers(name: str, adapted: Collection[str]) -> str:
+    """Return a name without the levels that PEFT puts below adapted modules."""
+    parts = name.split(".")
+    inside = [part == "base_layer" and ".".join(parts[:i]) in adapted for i, part in enumerate(parts)]
+    return ".".join(part for part, level in zip(parts, inside, strict=True) if not level)
+
+
+def _value(fields: Mapping[str, Any], option: str, name: str, default: Any) -> Any:
+    """Return what a pattern of the config gives to a name; the first that fits decides."""
+    patterns = fields.get(option) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{option} is a {type(patterns).__name__} where an object is expected")
+    for pattern, value in patterns.items():
+        if not _LITERAL_NAME.fullmatch(pattern):
+            raise ValueError(
+                f"{option} key {pattern!r} is a regular expression, and none from a file is run: "
+                "write module names there"
+            )
+        literal = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
+        if name == literal or (not pattern.startswith("^") and name.endswith(f".{literal}")):
+            return value
+    return default
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
