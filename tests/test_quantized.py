@@ -590,6 +590,19 @@ def test_merging_packs_again_and_says_what_that_costs(form):
     assert (0.05 < errors[worst] < 0.2) if form in FOUR_BIT else (0.001 < errors[worst] < 0.01)
 
 
+def test_eight_bit_layers_that_keep_their_weight_merge_without_loss():
+    layer = unmoved(nn.Linear(64, 32), "int8 of bitsandbytes", has_fp16_weights=True).to("cpu")
+    net = nn.Sequential(layer)
+    adapter = inject(net, LoRA(r=4))[0].adapter("default")
+    nn.init.normal_(adapter.lora_B, std=0.05)
+    x = torch.randn(3, 64)
+    net.eval()(x)  # packs a copy, which the merged weight must not leave in use
+    wanted = adapter.adapted(layer.weight.detach())
+    merge_(net)  # without a warning
+    assert torch.equal(layer.weight, wanted)
+    assert distance(net(x), x @ wanted.T + layer.bias) < 0.02
+
+
 def test_only_the_first_process_says_what_merging_costs(monkeypatch):
     net = adapt(Net("nf4"))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -922,6 +935,11 @@ def test_lightnings_plugin_packs_the_base_that_the_callback_adapts(mode, build, 
     assert {p.requires_grad for name, p in whole.named_parameters() if "adapters" not in name} == {False}
     fit(resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert resumed.losses == whole.losses[4:]
+    plain = merge_(dequantize_(whole, torch.float32)).net
+    assert {type(layer) for layer in plain.children()} == {nn.Linear}
+    doubled = {name: 2 * value for name, value in plain.state_dict().items()}
+    plain.load_state_dict(doubled)  # Lightning's layers would pack what is loaded
+    assert all(torch.equal(value, doubled[name]) for name, value in plain.state_dict().items())
 
 
 # Documentation --------------------------------------------------------------------------------------------------------
