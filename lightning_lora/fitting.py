@@ -12,7 +12,6 @@ from lightning_lora.files import AdapterError, some
 from lightning_lora.layout import Layout
 from lightning_lora.peft_layers import EmbeddingForm, Form, ParameterForm, Stored, layer_form, parameter_form
 from lightning_lora.reading import AdapterFile
-from lightning_lora.sites import join
 
 _MERGE_MODEL = "load it into the model, with load_adapter, and merge it there, with merge_"
 
@@ -36,20 +35,17 @@ def check_computed_alike(file: AdapterFile, chosen: list[Candidate]) -> None:
             raise AdapterError(f"{file.path}: {name} was trained with PEFT as something else than it is here: {reason}")
 
 
-def fit_full_values(file: AdapterFile, root: str, chosen: list[Candidate]) -> dict[str, Tensor]:
+def fit_full_values(file: AdapterFile, weights: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Return what is trained in full, without the unchanged copies of adapted embeddings that PEFT writes.
 
     Args:
         file: The folder's content.
-        root: The network's name in the model at hand.
-        chosen: What the sites are in that model.
+        weights: The base's own weight of each site, by the site's name.
     """
     values = file.full_values()
     if file.root is not None:
         return values
-    weights = {one.site.name: one.site.weight for one in chosen}
-    copies = {name for name, value in values.items() if _same(value, weights.get(join(root, name)))}
-    return {name: value for name, value in values.items() if name not in copies}
+    return {name: value for name, value in values.items() if not _same(value, weights.get(name))}
 
 
 def _same(value: Tensor, weight: Tensor | None) -> bool:

@@ -74,7 +74,8 @@ def load_adapter(
             check_base(file.path, [one.site for one in chosen], list(file.bases.values()))
         targets += zip(chosen, file.methods.values(), strict=True)
         values |= {one.site.name: factors for one, factors in zip(chosen, fit_factors(file, chosen), strict=True)}
-        entries |= {join(root, name): value for name, value in fit_full_values(file, root, chosen).items()}
+        weights = {name: one.site.weight for name, one in zip(file.methods, chosen, strict=True)}
+        entries |= {join(root, name): value for name, value in fit_full_values(file, weights).items()}
     modules = named_submodules(model)
     if (path / OUTSIDE).exists() and not bare:
         entries |= read_tensors(path / OUTSIDE)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.analysis import effective_rank, singular_values
 from lightning_lora.description import digest
 from lightning_lora.files import AdapterError, read_tensors, some, write_folder
-from lightning_lora.fitting import fit_to_weights
+from lightning_lora.fitting import fit_full_values, fit_to_weights
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole
 from lightning_lora.peft_format import PARTS
@@ -29,6 +29,8 @@ from lightning_lora.report import shape_of
 from lightning_lora.saving import CONFIG, OUTSIDE, WEIGHTS
 from lightning_lora.sites import join
 from lightning_lora.weight_files import aliases, read_weights, target_files, turned, weight_files, write_weights
+
+Base = dict[str, dict[str, Tensor]]  # the state dict that holds each weight, by the weight's name
 
 
 class SiteReport(NamedTuple):
@@ -98,53 +100,22 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
     loaded = {source: read_weights(source) for source in sources}
     base = {key: state for state, _ in loaded.values() for key in state}
     tied = {key: others for state, _ in loaded.values() for key, others in aliases(state).items()}
-    has_turned = any(turned(state) for state, _ in loaded.values())
-    fitted: list[tuple[str, AdapterFile]] = []
-    for file in files:
-        try:
-            root = locate(file, base)
-            keys = {name: join(root, whole(name)) for name in file.methods}
-            sizes = {name: tuple(base[key][key].shape) for name, key in keys.items()}
-            fitted.append((root, fit_to_weights(file, sizes, has_turned=has_turned)))
-        except AdapterError as error:
-            raise AdapterError(f"{into}: {error}") from None
-        for name, key in keys.items():
-            weight = base[key][key]
-            if not weight.is_floating_point() or format_of(weight) is not None:
-                raise AdapterError(
-                    f"{into}: {key} is packed ({type(weight).__name__} of {weight.dtype}), and only its model can "
-                    "unpack it: load both in Python and call merge_(dequantize_(model, dtype))"
-                )
-            if not allow_base_mismatch and file.bases[name] not in (None, digest(weight)):
-                raise AdapterError(
-                    f"{into}: {key} is not what {adapter} was trained on: give that base, or --allow_base_mismatch"
-                )
-    for root, file in fitted:
-        for name, value in file.full_values().items():
-            if join(root, name) not in base:
-                raise AdapterError(f"{into}: it has no {join(root, name)}, which {file.path} has trained in full")
-            outside[join(root, name)] = value
-    for key, value in outside.items():
-        if key in base and value.shape != base[key][key].shape:
-            raise AdapterError(
-                f"{into}: {key} has shape {list(base[key][key].shape)}, but was trained as {list(value.shape)}"
-            )
-        if key in base:
-            base[key][key] = value
+    try:
+        fitted = [_fitted(file, base, allow_base_mismatch) for file in files]
+        for root, file in fitted:
+            weights = {name: base[key][key] for name in file.methods for key in [join(root, whole(name))]}
+            outside |= {join(root, name): value for name, value in fit_full_values(file, weights).items()}
+            _check_whole(root, file, base, tied)
+        _put_full(outside, base)
+    except AdapterError as error:
+        raise AdapterError(f"{into}: {error}") from None
     for root, file in fitted:
         for name in file.methods:
-            key, also = join(root, whole(name)), [join(root, whole(other)) for other in file.tied[name]]
-            names = [*(join(root, other) for other in file.tied_to[name]), *tied.get(key, [])]
-            alone = [other for other in dict.fromkeys(names) if other not in also]
-            if alone:
-                raise AdapterError(
-                    f"{into}: {key} is tied to {some(alone)}, which would change with it: merge it in the model, with "
-                    "merge_, after untying them"
-                )
-            merged = _merged(file, name, base[key][key])
-            for other in (key, *also):
+            key = join(root, whole(name))
+            base[key][key] = _merged(file, name, base[key][key])
+            for other in (join(root, whole(other)) for other in file.tied[name]):
                 if other in base:
-                    base[other][other] = merged if other == key else merged.clone()
+                    base[other][other] = base[key][key].clone()
     for source, target in targets.items():
         write_weights(target, *loaded[source])
     if into.is_dir():
@@ -152,6 +123,53 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
             if other_file.is_file() and other_file not in sources:
                 shutil.copy2(other_file, out / other_file.name)
     return list(targets.values())
+
+
+def _fitted(file: AdapterFile, base: Base, allow_base_mismatch: bool) -> tuple[str, AdapterFile]:
+    """Return the name of a file's network among a base's weights, and the file with the layouts that these have."""
+    root = locate(file, base)
+    keys = {name: join(root, whole(name)) for name in file.methods}
+    for key in keys.values():
+        weight = base[key][key]
+        if not weight.is_floating_point() or format_of(weight) is not None:
+            raise AdapterError(
+                f"{key} is packed ({type(weight).__name__} of {weight.dtype}), and only its model can unpack it: load "
+                "both in Python and call merge_(dequantize_(model, dtype))"
+            )
+    sizes = {name: tuple(base[key][key].shape) for name, key in keys.items()}
+    has_turned = any(turned(state) for state in {id(state): state for state in base.values()}.values())
+    file = fit_to_weights(file, sizes, has_turned=has_turned)
+    for name, key in keys.items():
+        if not allow_base_mismatch and file.bases[name] not in (None, digest(base[key][key])):
+            raise AdapterError(
+                f"{key} is not what {file.path} was trained on: give that base, or --allow_base_mismatch"
+            )
+    return root, file
+
+
+def _check_whole(root: str, file: AdapterFile, base: Base, tied: Mapping[str, list[str]]) -> None:
+    """Raise ``AdapterError`` if a base lacks what is trained in full, or merging would change a tied weight as well."""
+    absent = [join(root, name) for name in file.full if join(root, name) not in base]
+    if absent:
+        raise AdapterError(f"it has no {some(absent)}, which {file.path} has trained in full")
+    for name in file.methods:
+        key, also = join(root, whole(name)), [join(root, whole(other)) for other in file.tied[name]]
+        names = dict.fromkeys([*(join(root, other) for other in file.tied_to[name]), *tied.get(key, [])])
+        alone = [other for other in names if other not in also]
+        if alone:
+            raise AdapterError(
+                f"{key} is tied to {some(alone)}, which would change with it: merge it in the model, with merge_, "
+                "after untying them"
+            )
+
+
+def _put_full(values: Mapping[str, Tensor], base: Base) -> None:
+    """Put what is trained in full into a base, as far as it is there: a network may come without what is around it."""
+    for key, value in values.items():
+        if key in base and value.shape != base[key][key].shape:
+            raise AdapterError(f"{key} has shape {list(base[key][key].shape)}, but was trained as {list(value.shape)}")
+        if key in base:
+            base[key][key] = value
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def _levels(found: Mapping[str, Site], parameters: set[str]) -> dict[str, int]:
     levels = {}
     for name in parameters:
         own = [join(_module(name), entry) for entry in found[name].module._parameters]
-        levels[name] = len(parameters.intersection(own[own.index(name) + 1 :]))
+        levels[name] = len(parameters.intersection(own[own.index(name) + 1 :] if name in own else ()))
     return levels
 
 

@@ -14,6 +14,7 @@ from lightning_lora.peft_format import LAST_DOUBLING, PREFIX
 from lightning_lora.peft_layers import ConvolutionForm, EmbeddingForm, Form, ParameterForm, Stored
 from lightning_lora.sites import join
 
+_FIRST_STACKS = "0.20.0"  # the first PEFT whose stacks lie as (n, out, in) unless the module says otherwise
 _LITERAL_NAME = re.compile(r"\^?(\w|\\?[-.])+\$?", re.ASCII)
 _DOWN = re.compile(r"\.(lora_A\.weight|lora_embedding_A)$")
 
@@ -67,6 +68,12 @@ def read_sites(
             for name, owner in zip(names, owners, strict=bool(names)):
                 r = _value(fields, "rank_pattern", name, method.r)
                 alpha = float(_value(fields, "alpha_pattern", name, method.alpha))
+                down = tensors.get(f"{owner}.lora_A.weight")
+                if down is not None and down.shape[:1] != (r,) and _is_older(fields, _FIRST_STACKS):
+                    raise ValueError(
+                        f"a PEFT before {_FIRST_STACKS} stored stacks of matrices in another way, and "
+                        f"peft_version={fields.get('peft_version')!r}: merge it with the PEFT that wrote it"
+                    )
                 methods[name], stored[name] = method.at(r, alpha), Stored(owner, ParameterForm)
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path}: {module}: {error}") from None
@@ -121,10 +128,18 @@ def _target_parameters(fields: Mapping[str, Any], module: str) -> list[str]:
 def _doubles(fields: Mapping[str, Any]) -> bool:
     """Tell whether the PEFT that wrote a config adds the change of an attention's output projection twice.
 
-    https://github.com/huggingface/peft/pull/3774; older versions than 0.18 do not write their number.
+    https://github.com/huggingface/peft/pull/3774.
     """
-    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version")))
-    return version is None or tuple(map(int, version.groups())) <= tuple(map(int, LAST_DOUBLING.split(".")))
+    return _is_older(fields, LAST_DOUBLING, or_equal=True)
+
+
+def _is_older(fields: Mapping[str, Any], version: str, or_equal: bool = False) -> bool:
+    """Tell whether a config is by an older PEFT than this; before 0.18 they do not write their number."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version")))
+    if found is None:
+        return True
+    one, other = tuple(map(int, found.groups())), tuple(map(int, version.split(".")))
+    return one <= other if or_equal else one < other
 
 
 def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -146,6 +146,7 @@ KINDS: dict[str, Kind] = {
             nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, norm_first=True, batch_first=True), 2, nn.LayerNorm(8)
         ),
         lambda: {"tgt": draw(2, 3, 8), "memory": draw(2, 4, 8)},
+        beyond_peft=ATTENTION,
     ),
     "linear with another forward": Kind(lambda: Scaled(6, 5), lambda: {"input": draw(4, 6)}),
     "fused linear, two of its parts": Kind(

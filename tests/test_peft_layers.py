@@ -799,3 +799,16 @@ def test_a_parametrized_weight_is_no_peft_file_because_peft_loses_what_it_merges
     torch.save(base(layer).state_dict(), tmp_path / "base.pt")
     with pytest.raises(AdapterError, match=r"inner\.layer\.weight, which the model does not have"):
         offline.merge(tmp_path / "adapter", tmp_path / "base.pt", tmp_path / "merged.pt")
+
+
+@pytest.mark.parametrize("version", [None, "0.17.1", "0.19.1"])
+def test_stacks_from_versions_of_peft_that_stored_them_otherwise_are_refused(
+    version: str | None, tmp_path: Path
+) -> None:
+    for name in ("one stack of experts", "sums of embeddings"):
+        with_theirs(CASES[name]).save_pretrained(tmp_path / name)
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": version}))
+    load_adapter(base(CASES["sums of embeddings"].layer), tmp_path / "sums of embeddings")
+    with pytest.raises(AdapterError, match=r"before 0\.20\.0 stored stacks of matrices in another way"):
+        load_adapter(base(Experts), tmp_path / "one stack of experts")
