@@ -39,7 +39,14 @@ from lightning_lora import (
     sites,
     use,
 )
-from lightning_lora.callbacks.guards import Audit, check_connected, check_frozen, check_present, check_strategy
+from lightning_lora.callbacks.audit import Audit
+from lightning_lora.callbacks.guards import (
+    check_connected,
+    check_frozen,
+    check_present,
+    check_strategy,
+    check_unwrapped,
+)
 from lightning_lora.derived_groups import split
 from lightning_lora.files import parse_json, read_tensors, to_bytes, write_folder
 from lightning_lora.layout import Layout
@@ -235,6 +242,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "(lr_ratio=16, weight_decay={})": lambda: split(adapted(), torch.optim.LBFGS(net().parameters()), lr_ratio=16),
         "Outer has no step hooks: use lr_ratio=1 and no weight_decay by role with it (lr_ratio=16, "
         "weight_decay={})": lambda: split(adapted(), Outer(), lr_ratio=16),
+        "the saved state of SGD has groups of [1, 3] parameters, but this run's configure_optimizers made groups "
+        "of [2, 2]: build the groups that the checkpoint was written with": (
+            lambda: split_optimizer(2, 2).load_state_dict(split_optimizer(1, 3).state_dict())
+        ),
     },
     ("optim", ValueError): {
         "no parameter requires a gradient: call inject(model, ...) before param_groups(model, ...)": (
@@ -245,6 +256,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "net.first.adapters.weight.default.lora_A is in no optimizer and there are 2 parameter groups to choose "
         "from: add `[p for p in self.parameters() if p.requires_grad]` to one in configure_optimizers": (
             lambda: fit(Lit(lambda module: groups(module.net.first.bias, module.net.second.bias)))
+        ),
+        "net.first.adapters.weight.default.lora_A is in SparseAdam, which takes sparse gradients only, but those "
+        "of adapters are dense: give it to another optimizer in configure_optimizers, such as torch.optim.Adam": (
+            lambda: fit(Lit(lambda module: torch.optim.SparseAdam([*module.parameters()])))
         ),
         "Stateful holds state for the parameters that it was built with, so first.adapters.weight.default.lora_A "
         "cannot join it: build it in configure_optimizers, from self.parameters()": (
@@ -475,6 +490,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("callbacks/conflicts", ValueError): {
+        "this Trainer has LoRACallback and MyCallback: give it one, as an optimizer has one lr_ratio only": (
+            lambda: fit(None, type("MyCallback", (LoRACallback,), {})())
+        ),
         "BackboneFinetuning freezes and thaws layers, as LoRACallback does, so one would undo what the other did: "
         "take it out of Trainer(callbacks=[...]), and list what is to be trained in full in "
         "LoRACallback(modules_to_save=[...])": lambda: fit(None, BackboneFinetuning()),
@@ -491,7 +509,7 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: fit(Normed(), StochasticWeightAveraging(0.1))
         ),
     },
-    ("callbacks/guards", RuntimeError): {
+    ("callbacks/audit", RuntimeError): {
         "2 of 6 adapter parameters got no gradient in the first batch: net.idle.weight (default.lora_A), "
         "net.idle.weight (default.lora_B). Either the forward does not call these layers as modules (a teacher, a "
         "layer whose weight is read directly): leave them out with exclude_modules=['net.idle']. Or something "
@@ -501,11 +519,17 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "first.weight (default.lora_B), second.weight (default.lora_A), .... Something cuts the gradient, as "
         "reentrant checkpointing of a frozen input does: pass use_reentrant=False. Or later batches use them, or "
         "the module averages them from others: set LoRACallback(audit=False)": lambda: Audit(adapted()).check(),
-        "the loss depends on no adapter: the forward calls none of the adapted layers as a module, or something "
-        "cuts the gradient, as reentrant checkpointing of a frozen input does: pass use_reentrant=False, or for a "
-        'model of transformers gradient_checkpointing_kwargs={"use_reentrant": False}': (
-            lambda: check_connected(torch.ones(1))
+        "1 weights of the frozen base were changed during the first batch: first.weight. Checkpoints do not hold "
+        "them, so the change would be lost. Something writes to parameters itself, such as weight clipping: let "
+        "it skip those that do not require a gradient, or train the module in full with modules_to_save=['first']": (
+            lambda: clip_weights()
         ),
+    },
+    ("callbacks/guards", RuntimeError): {
+        "the loss depends on no adapter. Either the forward calls none of the adapted layers as a module, or "
+        "something cuts the gradient, as reentrant checkpointing of a frozen input does: pass "
+        'use_reentrant=False, or for a model of transformers gradient_checkpointing_kwargs={"use_reentrant": '
+        "False}": lambda: check_connected(torch.ones(1), adapted()),
         "4 parameters of the frozen base require a gradient: first.weight, first.bias, second.weight, .... "
         "Something set requires_grad after injection: to train them in full list them in modules_to_save; to "
         "switch the gradients of an adversary by turns call self.toggle_optimizer(...) instead": (
@@ -515,13 +539,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "layers in their place, as precision plugins do: let it convert the module before the Trainer runs": (
             lambda: check_present(net(), sites(adapted()))
         ),
-        "1 weights of the frozen base were changed during the first batch: first.weight. Checkpoints do not hold "
-        "them, so the change would be lost. Something writes to parameters itself, such as weight clipping: let "
-        "it skip those that do not require a gradient, or train the module in full with modules_to_save=['first']": (
-            lambda: clip_weights()
-        ),
     },
     ("callbacks/guards", ValueError): {
+        "first is a DistributedDataParallel before its adapters came, so every process would train adapters of "
+        "its own: wrap nothing in configure_model and use strategy='ddp'": (
+            lambda: check_unwrapped(net(first=type("DistributedDataParallel", (nn.Linear,), {})(4, 8)))
+        ),
         "strategy=FSDPStrategy: checkpoints of adapters over a sharded base are not supported yet; use "
         "strategy='ddp'": lambda: check_strategy(strategy("FSDPStrategy")),
         "strategy=DDPStrategy trains in spawned or forked processes, and the adapters would stay there: use "
@@ -547,6 +570,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "ckpt_path, or let it build only what is not there yet": (
             lambda: (module := InSetup(), fit(module).test(module, loader(1)))
         ),
+        "trained in full by modules_to_save or bias: net.second.weight is net.tied.weight too (tied weights), so "
+        "both layers change": lambda: fit(Tied(), modules_to_save=["second"], target_modules=["first"]),
         "the adapters' dropout has no effect at 2 matrices (first: net.self_attn.in_proj_weight): the forward of "
         "their layer reads them, or looks rows up, instead of multiplying an input by them": (
             lambda: fit(Attending(), method=LoRA(r=2, dropout=0.1))
@@ -559,6 +584,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "4 trained parameters (first: net.first.adapters.weight.default.lora_A) were in no optimizer, because "
         "configure_optimizers chose others: they were added to its only group. Pass self.parameters() to say so.": (
             lambda: fit(Lit(lambda module: torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)))
+        ),
+        "1 of the groups that configure_optimizers made hold frozen parameters only (first: net.second.weight), "
+        "so they train nothing: list in modules_to_save what is to be trained in full, such as a new head": (
+            lambda: fit(
+                Lit(lambda module: groups(module.net.first.weight, module.net.second.weight)), target_modules=["first"]
+            )
         ),
     },
 }
@@ -735,6 +766,14 @@ class Idle(Lit):
         return model
 
 
+class Tied(Lit):
+    def build(self) -> nn.Module:
+        model = super().build()
+        model.tied = nn.Linear(8, 3)
+        model.tied.weight = model.second.weight
+        return model
+
+
 def groups(*parameters: nn.Parameter) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": [parameter]} for parameter in parameters], lr=0.1)
 
@@ -747,6 +786,13 @@ def repeated(model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer that was given a group twice behind torch's back."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.param_groups.append(dict(optimizer.param_groups[0]))
+    return optimizer
+
+
+def split_optimizer(*sizes: int) -> torch.optim.Optimizer:
+    parameters = iter(adapted().parameters())
+    optimizer = torch.optim.SGD([{"params": [next(parameters) for _ in range(size)]} for size in sizes], lr=0.1)
+    split(adapted(), optimizer)
     return optimizer
 
 
