@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_lora import (
+    AdapterEMA,
     AdapterError,
     LoRA,
     LoRACallback,
@@ -101,14 +102,15 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: adapted(nn.Sequential(net()), target_modules=["0"])
         ),
         "target_modules entry 'norm' matches norm, a LayerNorm, which has no matrix to adapt: layers that can be "
-        "adapted are Linear, Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, "
-        "ConvTranspose3d, MultiheadAttention, RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, transformers' Conv1D, "
-        "and any matrix named in full; to train it in full list it in modules_to_save": (
-            lambda: adapted(net(norm=nn.LayerNorm(3)), target_modules=["norm"])
-        ),
+        "adapted are Linear, ..., GRUCell, transformers' Conv1D, and any matrix named in full; to train it in "
+        "full list it in modules_to_save": lambda: adapted(net(norm=nn.LayerNorm(3)), target_modules=["norm"]),
         "target_modules entry 'norm.weight' matches norm.weight, which cannot be adapted (its shape is [3]; a "
         "matrix or a stack of them can, where its own module's forward reads it): to train it in full list it in "
         "modules_to_save": lambda: adapted(net(norm=nn.LayerNorm(3)), target_modules=["norm.weight"]),
+        "target_modules entry 'third' matches third, a dynamically quantized Linear of torch.ao, through which no "
+        "gradient passes: adapt layers that come after it instead": (
+            lambda: adapted(net(third=packed()), target_modules=["third"])
+        ),
         "target_modules entry '0.0' matches 0.0, which cannot be adapted (its ParameterList has no forward; a "
         "matrix or a stack of them can, where its own module's forward reads it): to train it in full list it in "
         "modules_to_save": (
@@ -133,23 +135,21 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: adapted(target_modules=["first"], rank_pattern={"second": 4})
         ),
         "target_modules='all-linear' found no linear layer in Sequential: layers that can be adapted are Linear, "
-        "Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, "
-        "MultiheadAttention, RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, transformers' Conv1D, and any matrix "
-        "named in full": lambda: adapted(nn.Sequential(nn.ReLU())),
+        "..., GRUCell, transformers' Conv1D, and any matrix named in full": lambda: adapted(nn.Sequential(nn.ReLU())),
         "target_modules='all-linear' found no linear layer in Sequential: layers that can be adapted are Linear, "
-        "Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, "
-        "MultiheadAttention, RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, transformers' Conv1D, and any matrix "
-        "named in full; write target_modules=['0']": lambda: adapted(nn.Sequential(nn.Conv1d(2, 2, 1))),
+        "..., GRUCell, transformers' Conv1D, and any matrix named in full; write target_modules=['0']": (
+            lambda: adapted(nn.Sequential(nn.Conv1d(2, 2, 1)))
+        ),
         "target_modules='all-linear' cannot adapt third, a NoisyLinear: layers that can be adapted are Linear, "
-        "Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, "
-        "MultiheadAttention, RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, transformers' Conv1D, and any matrix "
-        "named in full. Leave out what is to stay frozen with exclude_modules=['third'], or name what is to be "
-        "adapted with target_modules=[...]": lambda: adapted(net(third=NoisyLinear(), fourth=nn.Identity())),
+        "..., GRUCell, transformers' Conv1D, and any matrix named in full. Leave out what is to stay frozen with "
+        "exclude_modules=['third'], or name what is to be adapted with target_modules=[...]": (
+            lambda: adapted(net(third=NoisyLinear(), fourth=nn.Identity()))
+        ),
         "target_modules='all-linear' cannot adapt third, a NoisyLinear, and 1 more: layers that can be adapted "
-        "are Linear, Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, "
-        "MultiheadAttention, RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, transformers' Conv1D, and any matrix "
-        "named in full. Leave out what is to stay frozen with exclude_modules=['fourth', 'third'], or name what "
-        "is to be adapted with target_modules=[...]": lambda: adapted(net(third=NoisyLinear(), fourth=NoisyLinear())),
+        "are Linear, ..., GRUCell, transformers' Conv1D, and any matrix named in full. Leave out what is to stay "
+        "frozen with exclude_modules=['fourth', 'third'], or name what is to be adapted with target_modules=[...]": (
+            lambda: adapted(net(third=NoisyLinear(), fourth=NoisyLinear()))
+        ),
         "target_modules='all-linear' leaves out the output head, and 0 is all there is: target_modules=['0']": (
             lambda: adapted(Pretrained(nn.Linear(4, 8)))
         ),
@@ -189,6 +189,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "first.weight: its module already has an attribute called 'adapters', the name we need: rename that, or "
         "leave the layer out with exclude_modules=['first']": lambda: adapted(net(first=with_attribute("adapters", 1))),
+        "1 of the chosen weights were sharded before their adapters came (first: first.weight, a DTensor), so "
+        "every process would train adapters of its own: call inject(...) before fully_shard(...); with a Trainer "
+        "leave out fully_shard and parallelize_module in configure_model and use strategy='ddp'": (
+            lambda: adapted(sharded())
+        ),
         "first.weight: the forward of its Linear was replaced on this one object, so its adapter would never run: "
         "replace it after the injection, or in a subclass, or leave the layer out with exclude_modules=['first']": (
             lambda: adapted(net(first=with_attribute("forward", abs)))
@@ -503,7 +508,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     },
     ("callbacks/averaging", ValueError): {
         "EMAWeightAveraging copies the module before the adapters are in it: put LoRACallback before it in "
-        "Trainer(callbacks=[...])": lambda: trainer(EMAWeightAveraging(), LoRACallback()).fit(Lit(), loader(1)),
+        "Trainer(callbacks=[...]); or use AdapterEMA, which averages only what is trained and may stand anywhere "
+        "in the list": lambda: trainer(EMAWeightAveraging(), LoRACallback()).fit(Lit(), loader(1)),
         "StochasticWeightAveraging resets the running statistics of all BatchNorm layers, and the frozen ones are "
         "not measured again: use EMAWeightAveraging, or list these layers in modules_to_save": (
             lambda: fit(Normed(), StochasticWeightAveraging(0.1))
@@ -525,11 +531,26 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: clip_weights()
         ),
     },
+    ("callbacks/ema", ValueError): {
+        "decay=1: must be at least 0 and below 1, for example AdapterEMA(decay=0.999)": lambda: AdapterEMA(decay=1),
+        "update_every_n_steps=0: must be at least 1, which is every step": lambda: AdapterEMA(update_every_n_steps=0),
+        "update_starting_at_step=-1: must be at least 0, the first step": (
+            lambda: AdapterEMA(update_starting_at_step=-1)
+        ),
+        "EMAWeightAveraging and AdapterEMA would both put averages into the model: leave one of them out": (
+            lambda: fit(None, AdapterEMA(), EMAWeightAveraging())
+        ),
+    },
     ("callbacks/guards", RuntimeError): {
         "the loss depends on no adapter. Either the forward calls none of the adapted layers as a module, or "
         "something cuts the gradient, as reentrant checkpointing of a frozen input does: pass "
         'use_reentrant=False, or for a model of transformers gradient_checkpointing_kwargs={"use_reentrant": '
         "False}": lambda: check_connected(torch.ones(1), adapted()),
+        "the loss depends on no adapter. third is a dynamically quantized Linear of torch.ao, through which no "
+        "gradient passes: adapters before it cannot learn. Either the forward calls none of the adapted layers as "
+        "a module, or something cuts the gradient, as reentrant checkpointing of a frozen input does: pass "
+        'use_reentrant=False, or for a model of transformers gradient_checkpointing_kwargs={"use_reentrant": '
+        "False}": lambda: check_connected(torch.ones(1), net(third=packed())),
         "4 parameters of the frozen base require a gradient: first.weight, first.bias, second.weight, .... "
         "Something set requires_grad after injection: to train them in full list them in modules_to_save; to "
         "switch the gradients of an adversary by turns call self.toggle_optimizer(...) instead": (
@@ -585,11 +606,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "configure_optimizers chose others: they were added to its only group. Pass self.parameters() to say so.": (
             lambda: fit(Lit(lambda module: torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)))
         ),
-        "1 of the groups that configure_optimizers made hold frozen parameters only (first: net.second.weight), "
-        "so they train nothing: list in modules_to_save what is to be trained in full, such as a new head": (
-            lambda: fit(
-                Lit(lambda module: groups(module.net.first.weight, module.net.second.weight)), target_modules=["first"]
-            )
+        "2 of the groups that configure_optimizers made hold frozen parameters only (first: net.first.weight), so "
+        "they train nothing: list in modules_to_save what is to be trained in full, such as a new head": (
+            lambda: fit(Lit(lambda module: groups(*module.net.parameters())), target_modules=["first"])
         ),
     },
 }
@@ -698,6 +717,18 @@ class NoisyLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3, 3))
+
+
+def sharded() -> Any:
+    """The network as it looks here after ``fully_shard``."""
+    model = net()
+    model.first.weight.device_mesh = ("a mesh",)
+    return model
+
+
+def packed() -> nn.Module:
+    """A layer as ``quantize_dynamic`` leaves it, told by its class's name and module."""
+    return type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})()
 
 
 class Pretrained(nn.Sequential):
