@@ -101,7 +101,9 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
         raise AdapterError(f"{path}: its description names no adapted matrix, so there is nothing to load")
     for name, values in described["sites"].items():
         if not isinstance(values, dict) or not _is_site(values, len(described["sites"])):
-            raise AdapterError(f"{path}: its description says {values!r} of {name}, which no save writes: save it again")
+            raise AdapterError(
+                f"{path}: its description says {values!r} of {name}, which no save writes: save it again"
+            )
     if not all(isinstance(name, str) for name in described["trained_in_full"]):
         raise AdapterError(
             f"{path}: field 'trained_in_full' of its description is {described['trained_in_full']!r}, where a list of "

@@ -122,12 +122,16 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
     for root, file in fitted:
         for name, value in file.full_values().items():
             if join(root, name) not in base:
-                raise AdapterError(f"{into}: it has no {join(root, name)}, which {file.path} has trained in full")
+                raise AdapterError(
+                    f"{into}: it has no {join(root, name)}, which {file.path} has trained in full: give the base that "
+                    "it was trained on"
+                )
             outside[join(root, name)] = value
     for key, value in outside.items():
         if key in base and value.shape != base[key][key].shape:
             raise AdapterError(
-                f"{into}: {key} has shape {list(base[key][key].shape)}, but was trained as {list(value.shape)}"
+                f"{into}: {key} has shape {list(base[key][key].shape)}, but was trained as {list(value.shape)}: give "
+                "the base that it was trained on"
             )
         if key in base:
             base[key][key] = value
@@ -193,8 +197,11 @@ def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -
         adapter.load_state_dict(values, assign=True)
     except AdapterError:
         raise
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # sizes that cannot be
-        raise AdapterError(f"{file.path}: {name}: {error}") from None
+    except (RuntimeError, IndexError, TypeError, ValueError):  # sizes that cannot be
+        raise AdapterError(
+            f"{file.path}: the factors of {name} have no shapes of an adapter with r={file.methods[name].r}: copy or "
+            "save the folder again"
+        ) from None
     return adapter
 
 

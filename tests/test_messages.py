@@ -6,23 +6,68 @@ A message names the parameter or the place, the value found, what was expected, 
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as L
 import pytest
-import safetensors.torch
 import torch
 from conftest import Lit, loader
 from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 from sentences import ROOMS, sentences
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, prune
+from triggers import (
+    FIRST,
+    Attending,
+    Bare,
+    Forgetful,
+    Idle,
+    InSetup,
+    NoisyLinear,
+    Normed,
+    Outer,
+    Pretrained,
+    Replaces,
+    Stateful,
+    Tied,
+    adapted,
+    base,
+    by_peft,
+    changed,
+    changed_checkpoint,
+    checkpoint,
+    clip_weights,
+    damaged,
+    fit,
+    full_checkpoint,
+    groups,
+    in_int4,
+    merge_square,
+    merge_tied,
+    net,
+    over_trainable,
+    packed,
+    packed_convolution,
+    removed,
+    repeated,
+    resume,
+    saved,
+    sharded,
+    split_optimizer,
+    stored,
+    strategy,
+    tied,
+    trainer,
+    twice,
+    two_networks,
+    two_tables,
+    while_merged,
+    with_attribute,
+    without_config,
+    written,
+)
 
 from lightning_lora import (
     AdapterEMA,
@@ -33,7 +78,6 @@ from lightning_lora import (
     load_adapter,
     load_from_checkpoint,
     merge_,
-    merged,
     param_groups,
     remove,
     save_adapter,
@@ -49,13 +93,12 @@ from lightning_lora.callbacks.guards import (
     check_unwrapped,
 )
 from lightning_lora.derived_groups import split
-from lightning_lora.files import parse_json, read_tensors, to_bytes, write_folder
+from lightning_lora.files import parse_json, read_tensors, write_folder
 from lightning_lora.layout import Layout
+from lightning_lora.merge import _Loss, _warn_of
 from lightning_lora.offline import export, inspect, merge
 from lightning_lora.optim import place
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FIRST = "base_model.model.first."  # PEFT's name of the first layer of Net
+from lightning_lora.quantized import check_requantizable, keep_differentiable
 
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/lora", ValueError): {
@@ -194,6 +237,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "leave out fully_shard and parallelize_module in configure_model and use strategy='ddp'": (
             lambda: adapted(sharded())
         ),
+        "first.weight: of layers with packed weights only linear ones can be adapted, not a Conv1d: leave it out "
+        "with exclude_modules=['first'], or do not quantize it": (
+            lambda: adapted(net(first=packed_convolution()), target_modules=["first"])
+        ),
         "first.weight: the forward of its Linear was replaced on this one object, so its adapter would never run: "
         "replace it after the injection, or in a subclass, or leave the layer out with exclude_modules=['first']": (
             lambda: adapted(net(first=with_attribute("forward", abs)))
@@ -212,6 +259,21 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "cannot merge into first.weight: it is stored as torch.int8; load the base in full precision": (
             lambda: merge_(adapted(net(first=with_attribute("weight", nn.Parameter(torch.ones(8, 4).char(), False)))))
+        ),
+    },
+    ("merge", UserWarning): {
+        "1 quantized weights were rounded again with the adapters in them. The worst, first.weight, is 1.00% off "
+        "its adapted value, which the adapters had changed by 5.00%: to merge without this loss call "
+        "dequantize_(model, dtype) first": lambda: _warn_of([_Loss(0.01, 0.05, "first.weight")]),
+    },
+    ("quantized", ValueError): {
+        "torchao's Int4Tensor in this configuration cannot be packed again (int8 weight-only can): call "
+        "dequantize_(model, dtype) first, or keep the adapter unmerged": lambda: check_requantizable(in_int4().weight),
+    },
+    ("quantized", UserWarning): {
+        "1 quantized layers (first: first) give no gradient to their input, so what lies below them is not "
+        "trained through them: quantize weights alone, as torchao's Int8WeightOnlyConfig does": (
+            lambda: keep_differentiable(net(first=in_int4()))
         ),
     },
     ("merge", RuntimeError): {
@@ -313,22 +375,23 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "best.adapter: its description names no adapted matrix, so there is nothing to load": (
             lambda: load_adapter(net(), changed(sites={}))
         ),
-        "best.adapter: its description says {'alpha': 4, 'base': 7, 'r': 2} of first.weight, where an object with "
-        "a fingerprint in the field 'base' is expected": lambda: load_adapter(net(), changed(site={"base": 7})),
-        "best.adapter: its description says that first.weight is tied to 'second', where a list of names is "
-        "expected": lambda: load_adapter(net(), changed(site={"tied": "second"})),
+        "best.adapter: its description says {'alpha': 4, 'base': 7, 'form': 'linear', 'r': 2, 'size': [8, 4]} of "
+        "first.weight, which no save writes: save it again": lambda: load_adapter(net(), changed(site={"base": 7})),
         "best.adapter: layout: groups=0 is no field of a layout, or out of its range": (
             lambda: load_adapter(net(), changed(site={"layout": {"groups": 0}}))
         ),
         "best.adapter: field 'trained_in_full' of its description is [7], where a list of names is expected": (
             lambda: load_adapter(net(), changed(trained_in_full=[7]))
         ),
+        "best.adapter: field 'not_for_peft' of its description is 7, where a sentence is expected": (
+            lambda: load_adapter(net(), changed(not_for_peft=7))
+        ),
         "best.adapter: method 'BoRA' is unknown here; known: LoRA: import the module that defines it, or upgrade "
         "lightning_lora": lambda: load_adapter(net(), changed(method="BoRA")),
         "best.adapter: hyperparameters of LoRA: r=0: the rank must be a whole number of at least 1, for example "
         "r=8": lambda: load_adapter(net(), changed(site={"r": 0})),
     },
-    ("peft_format", AdapterError): {
+    ("peft_reading", AdapterError): {
         "best.adapter: peft_type='IA3' is not supported; known: LORA": (
             lambda: load_adapter(net(), by_peft(peft_type="IA3"))
         ),
@@ -337,6 +400,13 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "best.adapter: first: alpha_pattern is a int where an object is expected": (
             lambda: load_adapter(net(), by_peft(alpha_pattern=7))
+        ),
+        "best.adapter: first: target_parameters=[7] is no list of names": (
+            lambda: load_adapter(net(), by_peft(target_parameters=[7]))
+        ),
+        "best.adapter: first: which 1 of its parameters are adapted cannot be told from "
+        "target_parameters=['first.weight', 'first.bias']": (
+            lambda: load_adapter(net(), by_peft(target_parameters=["first.weight", "first.bias"]))
         ),
         "best.adapter: first: alpha_pattern key 'fi.*' is a regular expression, and none from a file is run: "
         "write module names there": lambda: load_adapter(net(), by_peft(alpha_pattern={"fi.*": 7})),
@@ -351,11 +421,16 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "runs: no adapter_model.safetensors in this folder": lambda: load_adapter(net(), "runs"),
         "runs: no adapter_model.safetensors in this folder; adapter_model.bin is a pickle, which could run code: "
         "convert it to safetensors first": lambda: load_adapter(net(), written("runs/adapter_model.bin").parent),
-        "best.adapter: no adapter_config.json beside adapter_model.safetensors": (
+        "best.adapter: no adapter_config.json beside adapter_model.safetensors: copy it there, it says r and alpha": (
             lambda: load_adapter(net(), without_config())
         ),
-        "best.adapter: base_model.model.first.base_layer.bias is missing": (
+        "best.adapter: base_model.model.first.base_layer.bias is missing: copy or save the folder again": (
             lambda: load_adapter(net(), changed({f"{FIRST}base_layer.bias": None}))
+        ),
+        "best.adapter: base_model.model.first.lora_embedding_A has shape [2], which fits no r=2": (
+            lambda: [
+                *inspect(changed({f"{FIRST}lora_embedding_A": torch.ones(2)}, model=net(first=nn.Embedding(4, 8))))
+            ]
         ),
     },
     ("loading", AdapterError): {
@@ -383,21 +458,6 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "best.adapter: first.weight, second.weight is on the meta device: give the base its values, then load": (
             lambda: load_adapter(net().to("meta"), saved())
-        ),
-        "best.adapter: base_model.model.first.lora_B.weight is missing": (
-            lambda: load_adapter(net(), changed({f"{FIRST}lora_B.weight": None}))
-        ),
-        "best.adapter: base_model.model.first.lora_A.weight has shape [3, 4], but [2, 4] is expected: r=2 on a 8 "
-        "x 4 matrix": lambda: load_adapter(net(), changed({f"{FIRST}lora_A.weight": torch.ones(3, 4)})),
-        "best.adapter: base_model.model.first.lora_A.weight is stored as torch.int64, not as floating point": (
-            lambda: load_adapter(net(), changed({f"{FIRST}lora_A.weight": torch.ones(2, 4, dtype=torch.long)}))
-        ),
-        "best.adapter: it holds tensors that belong to no adapted module: base_model.model.first.lora_C.weight": (
-            lambda: load_adapter(net(), changed({f"{FIRST}lora_C.weight": torch.ones(2)}))
-        ),
-        "best.adapter: first.weight: r=1000000000000000000000000000000: empty(): argument 'size' failed to unpack "
-        'the object at pos 1 with error "Overflow when unpacking long long': (
-            lambda: load_adapter(net(), changed(site={"r": 10**30}))
         ),
         "best.adapter: it holds first.bias, which the model does not have": (
             lambda: load_adapter(net(first=nn.Linear(4, 8, bias=False)), changed(), allow_base_mismatch=True)
@@ -429,42 +489,86 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: load_from_checkpoint(Lit, changed_checkpoint(trained_in_full=["head.bias"]))
         ),
     },
-    ("offline", AdapterError): {
-        "base.pt: first.weight is not what best.adapter was trained on: give that base, or --allow_base_mismatch": (
-            lambda: merge(saved(), stored("base.pt", net(first=nn.Linear(4, 8)).state_dict()), Path("merged.pt"))
+    ("fitting", AdapterError): {
+        "best.adapter: base_model.model.first.lora_B.weight is missing: copy or save the folder again": (
+            lambda: load_adapter(net(), changed({f"{FIRST}lora_B.weight": None}))
         ),
-        "base.pt: best.adapter: the adapters belong to first.weight, second.weight, which the model does not have "
-        "or which cannot be adapted: they were trained on another architecture": (
-            lambda: merge(saved(), stored("base.pt", nn.Linear(2, 2).state_dict()), Path("merged.pt"))
+        "best.adapter: base_model.model.first.lora_A.weight has shape [3, 4], but [2, 4] is expected: r=2 on a 8 "
+        "x 4 matrix": lambda: load_adapter(net(), changed({f"{FIRST}lora_A.weight": torch.ones(3, 4)})),
+        "best.adapter: base_model.model.first.lora_A.weight is stored as torch.int64, not as floating point": (
+            lambda: load_adapter(net(), changed({f"{FIRST}lora_A.weight": torch.ones(2, 4, dtype=torch.long)}))
         ),
+        "best.adapter: it holds tensors that belong to no adapted module: base_model.model.first.lora_C.weight": (
+            lambda: load_adapter(net(), changed({f"{FIRST}lora_C.weight": torch.ones(2)}))
+        ),
+        "best.adapter: first.weight: r=1000000000000000000000000000000 is beyond all bounds: copy or save the "
+        "folder again": lambda: load_adapter(net(), changed(site={"r": 10**30})),
+        "best.adapter: first.weight was trained with PEFT as something else than it is here: PEFT stores its "
+        "factors in another way on a Conv1d": lambda: load_adapter(net(first=nn.Conv1d(4, 8, 1)), by_peft()),
+        "base.pt: best.adapter: its factors do not fit first.weight of the base: give the one it was trained on": (
+            lambda: merge(saved(), base(net(first=nn.Linear(5, 8))), Path("merged.pt"))
+        ),
+        "base.pt: best.adapter: its factors fit first.down, first.up in several ways: load it into the model, "
+        "with load_adapter, and merge it there, with merge_": (
+            lambda: merge(two_tables(), base(first_up=torch.ones(4, 4), first_down=torch.ones(4, 4)), Path("merged.pt"))
+        ),
+        "base.pt: best.adapter: first.weight may lie as (out, in) or as (in, out): load it into the model, with "
+        "load_adapter, and merge it there, with merge_": lambda: merge_square(),
+    },
+    ("weight_files", AdapterError): {
         "base.pt: no such file, or a folder without .safetensors files": (
             lambda: merge(saved(), Path("base.pt"), Path("merged.pt"))
         ),
         "base.safetensors: damaged or not a safetensors file: Error while deserializing header: header too small": (
             lambda: merge(saved(), written("base.safetensors"), Path("merged.pt"))
         ),
-        "base.pt: not readable as plain weights: EOFError": (
+        "base.pt: not readable as plain weights (EOFError): give what torch.save(model.state_dict(), path) wrote": (
             lambda: merge(saved(), written("base.pt"), Path("merged.pt"))
         ),
-        "base.pt: holds no state dict": lambda: merge(saved(), stored("base.pt", {"epoch": 3}), Path("merged.pt")),
+        "base.pt: holds no state dict: expected are tensors by name, or these under 'state_dict'": (
+            lambda: merge(saved(), stored("base.pt", {"epoch": 3}), Path("merged.pt"))
+        ),
+    },
+    ("weight_files", FileExistsError): {
+        "merged.pt exists: give another --out": lambda: merge(saved(), base(), written("merged.pt")),
+    },
+    ("offline", AdapterError): {
+        "base.pt: first.weight is not what best.adapter was trained on: give that base, or --allow_base_mismatch": (
+            lambda: merge(saved(), base(net(first=nn.Linear(4, 8))), Path("merged.pt"))
+        ),
+        "base.pt: best.adapter: the adapters belong to first.weight, second.weight, which the model does not have "
+        "or which cannot be adapted: they were trained on another architecture": (
+            lambda: merge(saved(), base(nn.Linear(2, 2)), Path("merged.pt"))
+        ),
+        "base.pt: first.weight is packed (Tensor of torch.int8), and only its model can unpack it: load both in "
+        "Python and call merge_(dequantize_(model, dtype))": (
+            lambda: merge(saved(), base(first_weight=torch.ones(8, 4).char()), Path("merged.pt"))
+        ),
+        "base.pt: it has no first.bias, which best.adapter has trained in full: give the base that it was trained "
+        "on": lambda: merge(saved(bias="all"), base(first_bias=None), Path("merged.pt")),
+        "base.pt: first.bias has shape [3], but was trained as [8]: give the base that it was trained on": (
+            lambda: merge(saved(bias="all"), base(first_bias=torch.ones(3)), Path("merged.pt"))
+        ),
+        "base.pt: first.weight is tied to third.weight, which would change with it: merge it in the model, with "
+        "merge_, after untying them": lambda: merge_tied(),
+        "best.adapter: whose factors are whose of first.down or first.up is not in the files, and their ranks or "
+        "scales differ: load it into the model, with load_adapter": lambda: [*inspect(two_tables())],
         "best.adapter holds 2 networks: export one of best.adapter/one, best.adapter/two": (
             lambda: export(saved(two_networks()), Path("portable"))
         ),
-        "best.adapter: PEFT's format cannot express it; merge it into the base instead": (
+        "best.adapter has no portable form: first.weight is not the weight of a linear layer; merge it into the "
+        "base instead, or give the folder to PEFT as it is": (
+            lambda: export(saved(net(first=nn.Conv1d(4, 8, 1)), target_modules=["first"]), Path("portable"))
+        ),
+        "best.adapter has no portable form: PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up "
+        "to 0.21.2): 0.in_proj_weight; merge it into the base instead": (
             lambda: export(saved(nn.Sequential(nn.MultiheadAttention(4, 2))), Path("portable"))
         ),
-        "best.adapter: base_model.model.first.lora_B.weight is missing": (
-            lambda: [*inspect(changed({f"{FIRST}lora_B.weight": None}))]
-        ),
-        "best.adapter: first.weight: Error(s) in loading state_dict for LoRAAdapter:\n	size mismatch for lora_A: "
-        "copying a param with shape torch.Size([3, 4]) from checkpoint, the shape in current model is "
-        "torch.Size([2, 4]).": lambda: [*inspect(changed({f"{FIRST}lora_A.weight": torch.ones(3, 4)}))],
+        "best.adapter: the factors of first.weight have no shapes of an adapter with r=2: copy or save the folder "
+        "again": lambda: [*inspect(changed({f"{FIRST}lora_A.weight": torch.ones(3, 4)}))],
     },
     ("offline", FileExistsError): {
         "portable exists: give a new folder": lambda: export(saved(), written("portable/notes.txt").parent),
-        "merged.pt exists: give another --out": (
-            lambda: merge(saved(), stored("base.pt", net().state_dict()), written("merged.pt"))
-        ),
     },
     ("checkpoints", AdapterError): {
         "full.ckpt was not written with LoRACallback, so it holds no adapters: load its weights where the module "
@@ -612,277 +716,6 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
 }
-
-
-# ---- what the rows have in common
-
-
-def net(**layers: nn.Module) -> Any:
-    """The network of `conftest.Lit` with the same values at every call; given layers are added or replace its own."""
-    model = Lit().net
-    for name, layer in layers.items():
-        setattr(model, name, layer)
-    return model
-
-
-def adapted(model: nn.Module | None = None, **options: Any) -> Any:
-    model = net() if model is None else model
-    inject(model, LoRA(r=2, alpha=4), **options)
-    return model
-
-
-def saved(model: nn.Module | None = None, **options: Any) -> Path:
-    save_adapter(adapted(model, **options), "best.adapter")
-    return Path("best.adapter")
-
-
-def changed(tensors: Mapping[str, Tensor | None] = {}, site: Mapping[str, Any] = {}, **fields: Any) -> Path:
-    """A saved adapter with other tensors, another first site or other fields in its description; the checksum fits."""
-    weights = saved(bias="lora_only") / WEIGHTS
-    present, described = read_tensors(weights)
-    assert described is not None
-    described["sites"]["first.weight"] |= site
-    kept = {name: tensor for name, tensor in {**present, **tensors}.items() if tensor is not None}
-    weights.write_bytes(to_bytes(kept, described | fields))
-    return weights.parent
-
-
-def by_peft(tensors: dict[str, Tensor] | None = None, **fields: Any) -> Path:
-    """A saved adapter as PEFT would write it, perhaps with other tensors or other fields in its config."""
-    folder = saved()
-    present, _ = read_tensors(folder / WEIGHTS)
-    safetensors.torch.save_file(tensors or present, folder / WEIGHTS, {"format": "pt"})
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | fields))
-    return folder
-
-
-def written(path: str, content: str | bytes = b"") -> Path:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return Path(path)
-
-
-def stored(path: str, content: Any) -> Path:
-    torch.save(content, path)
-    return Path(path)
-
-
-def trainer(*callbacks: L.Callback, **options: Any) -> Any:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    short = {"devices": 1, "max_epochs": 1, "enable_checkpointing": False}
-    return L.Trainer(callbacks=[*callbacks], **quiet | short | options)
-
-
-def fit(module: Any = None, *callbacks: L.Callback, method: Any = None, **options: Any) -> Any:
-    """Train one batch with LoRACallback in front of other callbacks."""
-    run = trainer(LoRACallback(method or LoRA(r=2), **options), *callbacks)
-    run.fit(module or Lit(), loader(1))
-    return run
-
-
-def checkpoint(module: Any = None, **options: Any) -> str:
-    fit(module, **options).save_checkpoint("best.ckpt")
-    return "best.ckpt"
-
-
-def resume(path: str, **options: Any) -> None:
-    trainer(LoRACallback(LoRA(r=2), **options), max_epochs=2).fit(Lit(), loader(1), ckpt_path=path)
-
-
-def while_merged(act: Callable[[Any], object], model: Any = None) -> None:
-    model = model or adapted()
-    with merged(model):
-        act(model)
-
-
-# ---- models and files that are special in one way
-
-
-def with_attribute(name: str, value: object) -> nn.Linear:
-    layer = nn.Linear(4, 8)
-    setattr(layer, name, value)
-    return layer
-
-
-def tied(first: nn.Module, other: nn.Module) -> Any:
-    """The network with another layer ``third`` that has the weight of the first one."""
-    other.weight = first.weight
-    return net(first=first, third=other)
-
-
-class NoisyLinear(nn.Module):
-    """A linear layer of somebody's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3, 3))
-
-
-def sharded() -> Any:
-    """The network as it looks here after ``fully_shard``."""
-    model = net()
-    model.first.weight.device_mesh = ("a mesh",)
-    return model
-
-
-def packed() -> nn.Module:
-    """A layer as ``quantize_dynamic`` leaves it, told by its class's name and module."""
-    return type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})()
-
-
-class Pretrained(nn.Sequential):
-    """What a transformers model looks like from here: its last layer is the output head."""
-
-    config = None
-
-    def save_pretrained(self) -> None: ...
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self[-1]
-
-
-class Outer:
-    """An optimizer without torch's base class."""
-
-
-class Stateful(torch.optim.SGD):
-    """An optimizer that makes its state when it is built, out of arguments of its own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model.parameters(), lr=0.1)
-        for parameter in model.parameters():
-            self.state[parameter]["sum"] = torch.zeros_like(parameter)
-
-
-class Bare(Lit):
-    def build(self) -> nn.Module:
-        return nn.Identity()
-
-
-class InSetup(Lit):
-    """Builds its network in ``setup``, anew each time."""
-
-    def build(self) -> nn.Module:
-        return nn.Identity()
-
-    def setup(self, stage: str) -> None:
-        self.net = super().build()
-
-
-class Replaces(Lit):
-    def setup(self, stage: str) -> None:
-        self.configure_optimizers = super().configure_optimizers  # type: ignore[method-assign]
-
-
-class Forgetful(Lit):
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return {}
-
-
-class Attending(Lit):
-    def build(self) -> nn.Module:
-        return nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
-
-
-class Normed(Lit):
-    def build(self) -> nn.Module:
-        return nn.Sequential(nn.BatchNorm1d(4), super().build())
-
-
-class Idle(Lit):
-    def build(self) -> nn.Module:
-        model = super().build()
-        model.idle = nn.Linear(4, 4)
-        return model
-
-
-class Tied(Lit):
-    def build(self) -> nn.Module:
-        model = super().build()
-        model.tied = nn.Linear(8, 3)
-        model.tied.weight = model.second.weight
-        return model
-
-
-def groups(*parameters: nn.Parameter) -> torch.optim.Optimizer:
-    return torch.optim.SGD([{"params": [parameter]} for parameter in parameters], lr=0.1)
-
-
-def over_trainable(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
-
-
-def repeated(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer that was given a group twice behind torch's back."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.param_groups.append(dict(optimizer.param_groups[0]))
-    return optimizer
-
-
-def split_optimizer(*sizes: int) -> torch.optim.Optimizer:
-    parameters = iter(adapted().parameters())
-    optimizer = torch.optim.SGD([{"params": [next(parameters) for _ in range(size)]} for size in sizes], lr=0.1)
-    split(adapted(), optimizer)
-    return optimizer
-
-
-def removed() -> Any:
-    model = adapted()
-    site = sites(model)[0]
-    remove(model)
-    return site
-
-
-def damaged() -> Path:
-    weights = saved() / WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    return weights.parent
-
-
-def without_config() -> Path:
-    (by_peft() / CONFIG).unlink()
-    return Path("best.adapter")
-
-
-def two_networks() -> nn.Module:
-    return nn.ModuleDict({name: Pretrained(nn.Linear(4, 8), nn.Linear(8, 3)) for name in ("one", "two")})
-
-
-def twice() -> str:
-    for copy in ("one", "two"):
-        shutil.copytree(saved(), f"both/{copy}")
-    return "both"
-
-
-def full_checkpoint() -> str:
-    run = trainer()
-    run.fit(Lit(), loader(1))
-    run.save_checkpoint("full.ckpt")
-    return "full.ckpt"
-
-
-def changed_checkpoint(**fields: Any) -> str:
-    content = torch.load(checkpoint())
-    content["lightning_lora"] |= fields
-    torch.save(content, "best.ckpt")
-    return "best.ckpt"
-
-
-def clip_weights() -> None:
-    model = adapted()
-    audit = Audit(model)
-    model(torch.ones(1, 4)).sum().backward()
-    model.first.weight.data.mul_(2)
-    audit.check()
-
-
-def strategy(name: str, launcher: str = "") -> object:
-    """A strategy as `check_strategy` sees it: by the names of its class and of its launcher's."""
-    return type(name, (), {"launcher": type(launcher, (), {})()})()
-
-
-# ---- the tests
 
 
 @pytest.mark.parametrize(
