@@ -102,7 +102,7 @@ def joined(chosen: list[Candidate]) -> list[Candidate]:
         elif dataclasses.replace(first[key].layout, looked_up=one.layout.looked_up) != one.layout:
             raise ValueError(
                 f"{first[key].site.name} and {one.site.name} are one tied parameter that the two layers use "
-                "in different shapes: adapt one of them"
+                f"in different shapes: adapt one of them, for example with exclude_modules=['{one.site.name}']"
             )
         else:
             first[key] = first[key]._replace(tied=(*first[key].tied, one.site), names=first[key].names | one.names)

@@ -89,7 +89,8 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         if is_remote(path):
             super().save_checkpoint(slim, path, storage_options)
             rank_zero_warn(
-                f"{path} is not a local file: its adapter folder is not written; use save_adapter for a copy"
+                f"{path} is not a local file: its adapter folder is not written: call "
+                "save_adapter(model, folder) for one"
             )
         else:
             if os.path.islink(path):  # what `save_last="link"` left: the checkpoint that it points to stays as it is
@@ -164,7 +165,9 @@ def own_state(module: nn.Module, state: Mapping[str, Tensor], path: object) -> d
     buffers = {name for name in found.keys() - trained if _is_buffer(modules, name)}
     missing, extra = sorted(trained - found.keys()), sorted(found.keys() - trained - buffers)
     if missing:
-        raise AdapterError(f"{path}: {some(missing)} is missing, which this run trains: modules_to_save or bias differ")
+        raise AdapterError(
+            f"{path}: {some(missing)} is missing, which this run trains: give modules_to_save and bias as they were"
+        )
     if extra:
         raise AdapterError(
             f"{path}: it holds {some(extra)}, which this run does not train: give modules_to_save and bias as they were"

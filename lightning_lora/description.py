@@ -93,16 +93,27 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
     }
     for field, kind in expected.items():
         if not isinstance(described.get(field), kind):
-            raise AdapterError(f"{path}: field {field!r} of its description is not a {kind.__name__}")
+            raise AdapterError(
+                f"{path}: field {field!r} of its description is a {type(described.get(field)).__name__} where a "
+                f"{kind.__name__} is expected"
+            )
     if not described["sites"]:
-        raise AdapterError(f"{path}: its description names no site")
+        raise AdapterError(f"{path}: its description names no adapted matrix, so there is nothing to load")
     for name, values in described["sites"].items():
         if not isinstance(values, dict) or not _is_site(values, len(described["sites"])):
-            raise AdapterError(f"{path}: what its description says of {name} is not in order")
+            raise AdapterError(
+                f"{path}: its description says {values!r} of {name}, which no save writes: save it again"
+            )
     if not all(isinstance(name, str) for name in described["trained_in_full"]):
-        raise AdapterError(f"{path}: field 'trained_in_full' of its description holds something else than names")
+        raise AdapterError(
+            f"{path}: field 'trained_in_full' of its description is {described['trained_in_full']!r}, where a list of "
+            "names is expected"
+        )
     if not isinstance(described.get("not_for_peft"), str | None):
-        raise AdapterError(f"{path}: field 'not_for_peft' of its description is not a str")
+        raise AdapterError(
+            f"{path}: field 'not_for_peft' of its description is {described['not_for_peft']!r}, where a sentence is "
+            "expected"
+        )
     methods_of(described, path)
     layouts_of(described, path)
 
@@ -157,7 +168,8 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
     cls = known_methods().get(described["method"])
     if cls is None:
         raise AdapterError(
-            f"{path}: method {described['method']!r} is unknown here; known: {', '.join(known_methods())}"
+            f"{path}: method {described['method']!r} is unknown here; known: {', '.join(known_methods())}: import the "
+            "module that defines it, or upgrade lightning_lora"
         )
     try:
         method = cls(**described["hyperparameters"])

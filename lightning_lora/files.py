@@ -83,7 +83,7 @@ def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) ->
         raise NotADirectoryError(f"{path} is a file: give the name of a folder")
     for name in contents:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{name!r} is no name inside a folder")
+            raise ValueError(f"{name!r} is no name inside the folder {path}: names are relative and without '..'")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -184,7 +184,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     description = _description(metadata, tensors, path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise AdapterError(f"{path}: {name} holds values that are not finite; the run that wrote it had diverged")
+            raise AdapterError(
+                f"{path}: {name} holds values that are not finite; the run that wrote it had diverged: take an earlier "
+                "save"
+            )
     return tensors, description
 
 
@@ -200,7 +203,10 @@ def _description(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], pat
             f"{path}: written by a newer lightning_lora (schema {schema}, this version reads up to {SCHEMA}): upgrade"
         )
     if metadata.get(f"{SECTION}.checksum") != _checksum(text, tensors) or metadata.get("format") != "pt":
-        raise AdapterError(f"{path}: the checksum does not fit: the file was changed or damaged after it was written")
+        raise AdapterError(
+            f"{path}: the checksum does not fit: the file was changed or damaged after it was written: copy or save it "
+            "again"
+        )
     return description
 
 

@@ -68,14 +68,16 @@ def fit_factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str
     for one, name in zip(chosen, file.methods, strict=True):
         try:
             shapes = _shapes(file, name, one.layout, one.size)
-        except (RuntimeError, TypeError) as error:  # a size beyond all bounds
+        except (RuntimeError, TypeError):
             r = file.methods[name].r
-            raise AdapterError(f"{file.path}: {name}: r={r}: {str(error).splitlines()[0]}") from None
+            raise AdapterError(
+                f"{file.path}: {name}: r={r} is beyond all bounds: copy or save the folder again"
+            ) from None
         for factor, shape in shapes.items():
             key = file.stored[name].key(factor)
             tensor = file.tensors.get(key)
             if tensor is None:
-                raise AdapterError(f"{file.path}: {key} is missing")
+                raise AdapterError(f"{file.path}: {key} is missing: copy or save the folder again")
             if tensor.shape != shape:
                 raise AdapterError(
                     f"{file.path}: {key} has shape {list(tensor.shape)}, but {list(shape)} is expected: "
@@ -113,7 +115,9 @@ def fit_to_weights(file: AdapterFile, sizes: Mapping[str, tuple[int, ...]], *, h
         if len(ways) == 1 and len({stored.owner for stored, _ in ways[0].values()}) == len(group):
             found |= ways[0]
         elif len(ways) < 2:
-            raise AdapterError(f"{file.path}: its factors do not fit {some(group)} of the base")
+            raise AdapterError(
+                f"{file.path}: its factors do not fit {some(group)} of the base: give the one it was trained on"
+            )
         elif file.stored[group[0]].form is Form:
             square += group
         else:

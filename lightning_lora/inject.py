@@ -152,7 +152,8 @@ def remove(model: nn.Module, task: str | None = None) -> None:
     """
     found = sites(model, task)
     if task is not None and not found:
-        raise ValueError(f"task={task!r}: the model has no adapter of that name")
+        known = sorted({name for site in sites(model) for name in site.slot})
+        raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")
     for site in found:
         slot = site.slot
         for name in [task] if task is not None else list(slot):
@@ -175,7 +176,10 @@ def remove(model: nn.Module, task: str | None = None) -> None:
 def check_task_name(task: str) -> None:
     """Raise ``ValueError`` unless a task's name is short and safe in file names and module names."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task) or hasattr(Slot("weight", Layout()), task):
-        raise ValueError(f"task={task!r}: use 1 to 64 letters, digits, '_' or '-', and no attribute of a module")
+        raise ValueError(
+            f"task={task!r}: use 1 to 64 letters, digits, '_' or '-', and no attribute of a module, such as "
+            "task='german'"
+        )
 
 
 def _check_shapes(model: nn.Module) -> None:
@@ -222,7 +226,10 @@ def _check_layer(site: Site) -> None:
             f"with modules_to_save=['{name}'], or remove what computes it from the module first"
         )
     if hasattr(site.module, "adapters") and not slots_of(site.module):
-        raise ValueError(f"{site.name}: its module already has an attribute called 'adapters', the name we need")
+        raise ValueError(
+            f"{site.name}: its module already has an attribute called 'adapters', the name we need: rename that, or "
+            f"leave the layer out with exclude_modules=['{name}']"
+        )
     packed = site.weight is not None and format_of(site.weight) is not None
     if packed and kind is not AdaptedLinear:
         raise ValueError(

@@ -94,7 +94,7 @@ class Layout:
             else:
                 right = name in known and isinstance(value, bool)
             if not right:
-                raise ValueError(f"layout: {name}={value!r}")
+                raise ValueError(f"layout: {name}={value!r} is no field of a layout, or out of its range")
         rows = fields.get("rows")
         return cls(**{**fields, "rows": None if rows is None else (rows[0], rows[1])})
 

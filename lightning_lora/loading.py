@@ -115,7 +115,9 @@ def adopt(
     available = {one.site.name: one for one in candidates(model)}
     absent = [name for name in methods if whole(name) not in available]
     if absent:
-        raise AdapterError(f"{path}: it adapts {some(absent)}, which {type(model).__name__} does not have")
+        raise AdapterError(
+            f"{path}: it adapts {some(absent)}, which {type(model).__name__} does not have: build it as it was trained"
+        )
     layouts, tied = layouts_of(described, path), tied_of(described)
     targets = [
         (_described(available, name, layouts[name], tied[name], path), method) for name, method in methods.items()
@@ -127,7 +129,9 @@ def adopt(
     for name in described["trained_in_full"]:
         module, _, entry = name.rpartition(".")
         if module not in modules:
-            raise AdapterError(f"{path}: it holds {name}, which {type(model).__name__} does not have")
+            raise AdapterError(
+                f"{path}: it holds {name}, which {type(model).__name__} does not have: build it as it was trained"
+            )
         mark_trained_in_full(modules[module], [entry])
     return sites(model, described["task"])
 
@@ -155,7 +159,10 @@ def check_same(
         )
     for name, method in theirs.items():
         if method != ours[name]:
-            raise AdapterError(f"{path}: {name} was trained with {method}, but this run has {ours[name]}")
+            raise AdapterError(
+                f"{path}: {name} was trained with {method}, but this run has {ours[name]}: give method, rank_pattern "
+                "and alpha_pattern as they were"
+            )
     if not allow_base_mismatch:
         found = sites(model, task)
         check_base(path, found, [described["sites"][site.name].get("base") for site in found])
@@ -211,10 +218,16 @@ def _described(
             f"{path}: {name} was trained as {layout}, but the model's is {one.layout}: another kind of layer"
         )
     if len(one.shape) > 1 and 0 in one.shape:
-        raise AdapterError(f"{path}: {name} has fewer rows in this model")
+        raise AdapterError(
+            f"{path}: {name} would be empty in this model, whose matrix has {available[whole(name)].shape[-2]} rows: "
+            "it was trained on another architecture"
+        )
     absent = [other for other in tied if whole(other) not in available]
     if absent:
-        raise AdapterError(f"{path}: {name} shares its adapter with {some(absent)}, which the model does not have")
+        raise AdapterError(
+            f"{path}: {name} shares its adapter with {some(absent)}, which the model does not have: it was trained on "
+            "another architecture"
+        )
     sites = [available[whole(other)].site for other in tied]
     if any(site.weight is not one.site.weight for site in sites):
         raise AdapterError(

@@ -215,7 +215,7 @@ def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
     """Check that a model's adapters can be merged, and return the parameters that they sit on."""
     found = sites(model)
     if not found:
-        raise ValueError(f"nothing to merge: {type(model).__name__} has no adapters")
+        raise ValueError(f"nothing to merge: {type(model).__name__} has no adapters: call inject or load_adapter first")
     check_not_merged(model, "merge again")
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules():

@@ -151,7 +151,9 @@ def _check_whole(root: str, file: AdapterFile, base: Base, tied: Mapping[str, li
     """Raise ``AdapterError`` if a base lacks what is trained in full, or merging would change a tied weight as well."""
     absent = [join(root, name) for name in file.full if join(root, name) not in base]
     if absent:
-        raise AdapterError(f"it has no {some(absent)}, which {file.path} has trained in full")
+        raise AdapterError(
+            f"it has no {some(absent)}, which {file.path} has trained in full: give the base that it was trained on"
+        )
     for name in file.methods:
         key, also = join(root, whole(name)), [join(root, whole(other)) for other in file.tied[name]]
         names = dict.fromkeys([*(join(root, other) for other in file.tied_to[name]), *tied.get(key, [])])
@@ -167,7 +169,10 @@ def _put_full(values: Mapping[str, Tensor], base: Base) -> None:
     """Put what is trained in full into a base, as far as it is there: a network may come without what is around it."""
     for key, value in values.items():
         if key in base and value.shape != base[key][key].shape:
-            raise AdapterError(f"{key} has shape {list(base[key][key].shape)}, but was trained as {list(value.shape)}")
+            raise AdapterError(
+                f"{key} has shape {list(base[key][key].shape)}, but was trained as {list(value.shape)}: give the base "
+                "that it was trained on"
+            )
         if key in base:
             base[key][key] = value
 
@@ -211,8 +216,11 @@ def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -
         adapter.load_state_dict(values, assign=True)
     except AdapterError:
         raise
-    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # sizes that cannot be
-        raise AdapterError(f"{file.path}: {name}: {error}") from None
+    except (RuntimeError, IndexError, TypeError, ValueError):  # sizes that cannot be
+        raise AdapterError(
+            f"{file.path}: the factors of {name} have no shapes of an adapter with r={file.methods[name].r}: copy or "
+            "save the folder again"
+        ) from None
     return adapter
 
 

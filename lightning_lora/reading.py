@@ -66,7 +66,7 @@ class AdapterFile(NamedTuple):
         stored = self.stored[site]
         key = stored.key(name)
         if key not in self.tensors:
-            raise AdapterError(f"{self.path}: {key} is missing")
+            raise AdapterError(f"{self.path}: {key} is missing: copy or save the folder again")
         try:
             return stored.form.live(name, self.tensors[key], self.methods[site].r, self.layouts[site])
         except (RuntimeError, IndexError):
@@ -105,7 +105,7 @@ class AdapterFile(NamedTuple):
         """
         absent = [key for key in self.full.values() if key not in self.tensors]
         if absent:
-            raise AdapterError(f"{self.path}: {absent[0]} is missing")
+            raise AdapterError(f"{self.path}: {absent[0]} is missing: copy or save the folder again")
         return {name: self.tensors[key] for name, key in self.full.items()}
 
 
@@ -137,7 +137,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     if described is None:
         config = folder / CONFIG
         if not config.is_file():
-            raise AdapterError(f"{folder}: no {CONFIG} beside {WEIGHTS}")
+            raise AdapterError(f"{folder}: no {CONFIG} beside {WEIGHTS}: copy it there, it says r and alpha")
         tensors = peft_reading.without_copies(tensors)
         fields = parse_json(config.read_bytes(), config)
         methods, stored = peft_reading.read_sites(fields, tensors, folder)

@@ -67,7 +67,8 @@ def folder_contents(
     state = {clean(name): tensor for name, tensor in state.items()}
     found = sites(model, task)
     if not found:
-        raise ValueError(f"task={task!r}: the model has no adapter of that name to save")
+        known = sorted({name for site in sites(model) for name in site.slot})
+        raise ValueError(f"task={task!r}: the model has no adapter of that name to save; it has {known}")
     full = {name for name in trained_in_full(model) if name in state}
     roots = _roots(model, [site.name for site in found])
     contents: dict[str, bytes] = {}

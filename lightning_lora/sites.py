@@ -69,7 +69,7 @@ class Site(NamedTuple):
         """The adapters that sit here."""
         slot = slots_of(self.module).get(self.name.rpartition(".")[2])
         if slot is None:
-            raise ValueError(f"{self.name} is not adapted, or not any more")
+            raise ValueError(f"{self.name} is not adapted, or not any more: sites(model) returns those that are")
         return slot
 
     def adapter(self, task: str) -> Adapter:

@@ -57,7 +57,10 @@ def with_parts(available: list[Candidate], fused: Parts) -> list[Candidate]:
 
 def _parts(one: Candidate, pattern: str, parts: Sequence[str] | Mapping[str, int]) -> list[Candidate]:
     if len(one.shape) != 2 or one.layout.looked_up or one.layout.rows is not None or not one.linear:
-        raise ValueError(f"fused entry {pattern!r} fits {one.site.name}, which is no linear layer's matrix as a whole")
+        raise ValueError(
+            f"fused entry {pattern!r} fits {one.site.name}, which is no linear layer's matrix as a whole: name one "
+            "that is"
+        )
     total = one.shape[0]
     if not isinstance(parts, Mapping):
         parts = dict.fromkeys(parts, total // max(1, len(parts)))
@@ -208,7 +211,7 @@ def _why_no_match(model: nn.Module, available: list[Candidate], pattern: str) ->
         if matches(pattern, clean(name)):
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
             why = (
-                f"has {parameter.dim()} dimensions" if parameter.dim() not in (2, 3) else f"its {owner} has no forward"
+                f"its {owner} has no forward" if parameter.dim() in (2, 3) else f"its shape is {list(parameter.shape)}"
             )
             return (
                 f"target_modules entry {pattern!r} matches {clean(name)}, which cannot be adapted ({why}; a matrix "

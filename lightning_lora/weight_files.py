@@ -62,10 +62,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise AdapterError(f"{path}: not readable as plain weights: {reason}") from None
+        raise AdapterError(
+            f"{path}: not readable as plain weights ({reason}): give what torch.save(model.state_dict(), path) wrote"
+        ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AdapterError(f"{path}: holds no state dict")
+        raise AdapterError(f"{path}: holds no state dict: expected are tensors by name, or these under 'state_dict'")
     return dict(state), content if state is not content else None
 
 

@@ -37,9 +37,9 @@ class AdapterEMA(Callback):
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r}: must be at least 0 and below 1, for example AdapterEMA(decay=0.999)")
         if update_every_n_steps < 1:
-            raise ValueError(f"update_every_n_steps={update_every_n_steps!r}: must be at least 1")
+            raise ValueError(f"update_every_n_steps={update_every_n_steps!r}: must be at least 1, which is every step")
         if update_starting_at_step < 0:
-            raise ValueError(f"update_starting_at_step={update_starting_at_step!r}: must be at least 0")
+            raise ValueError(f"update_starting_at_step={update_starting_at_step!r}: must be at least 0, the first step")
         self.decay = decay
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step

@@ -31,7 +31,7 @@ def check_connected(loss: Tensor, model: nn.Module) -> None:
     if not loss.requires_grad:
         raise RuntimeError(
             f"the loss depends on no adapter. {gradient_stops(model)}Either the forward calls none of the adapted "
-            "layers as a module. Or something cuts the gradient, as reentrant checkpointing of a frozen input does: "
+            "layers as a module, or something cuts the gradient, as reentrant checkpointing of a frozen input does: "
             "pass use_reentrant=False, or for a model of transformers "
             'gradient_checkpointing_kwargs={"use_reentrant": False}'
         )

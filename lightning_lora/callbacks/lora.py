@@ -189,7 +189,10 @@ class LoRACallback(Callback):
             ) from error
         optimizers, schedulers = _collect(returned)
         if not optimizers:
-            raise ValueError("configure_optimizers returned no optimizer, so the adapters would not be trained")
+            raise ValueError(
+                "configure_optimizers returned no optimizer, so the adapters would not be trained: return one over "
+                "self.parameters()"
+            )
         doubt = place(pl_module, optimizers)
         if doubt is not None:
             rank_zero_warn(doubt)

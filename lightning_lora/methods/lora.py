@@ -101,7 +101,10 @@ class LoRA(Method):
             return None
         for option in _OTHER_COMPUTATIONS:
             if config.get(option):
-                raise ValueError(f"{option}={config[option]!r} is not supported")
+                raise ValueError(
+                    f"{option}={config[option]!r} is not supported, because it computes something else than plain LoRA"
+                    ": merge it into the base with PEFT"
+                )
         init = config.get("init_lora_weights", True)
         if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
             raise ValueError(

@@ -1,0 +1,766 @@
+"""Every message of the package, side by side: the text as a user reads it, and what brings it about.
+
+A message names the parameter or the place, the value found, what was expected, and the line to write or the way out.
+``...`` stands for what varies. The last test reads the package's source, so a message without a row here fails.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Lit, loader
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
+from sentences import ROOMS, sentences
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from triggers import (
+    FIRST,
+    Attending,
+    Bare,
+    Forgetful,
+    Idle,
+    InSetup,
+    NoisyLinear,
+    Normed,
+    Outer,
+    Pretrained,
+    Replaces,
+    Stateful,
+    Tied,
+    adapted,
+    base,
+    by_peft,
+    changed,
+    changed_checkpoint,
+    checkpoint,
+    clip_weights,
+    damaged,
+    fit,
+    full_checkpoint,
+    groups,
+    in_int4,
+    merge_square,
+    merge_tied,
+    net,
+    over_trainable,
+    packed,
+    packed_convolution,
+    removed,
+    repeated,
+    resume,
+    saved,
+    sharded,
+    split_optimizer,
+    stored,
+    strategy,
+    tied,
+    trainer,
+    twice,
+    two_networks,
+    two_tables,
+    while_merged,
+    with_attribute,
+    without_config,
+    written,
+)
+
+from lightning_lora import (
+    AdapterEMA,
+    AdapterError,
+    LoRA,
+    LoRACallback,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merge_,
+    param_groups,
+    remove,
+    save_adapter,
+    sites,
+    use,
+)
+from lightning_lora.callbacks.audit import Audit
+from lightning_lora.callbacks.guards import (
+    check_connected,
+    check_frozen,
+    check_present,
+    check_strategy,
+    check_unwrapped,
+)
+from lightning_lora.derived_groups import split
+from lightning_lora.files import parse_json, read_tensors, write_folder
+from lightning_lora.layout import Layout
+from lightning_lora.merge import _Loss, _warn_of
+from lightning_lora.offline import export, inspect, merge
+from lightning_lora.optim import place
+from lightning_lora.quantized import check_requantizable, keep_differentiable
+
+MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
+    ("methods/lora", ValueError): {
+        "r=0: the rank must be a whole number of at least 1, for example r=8": lambda: LoRA(r=0),
+        "alpha=-1: must be a finite number above 0, for example alpha=16": lambda: LoRA(alpha=-1),
+        "dropout=1.5: must be at least 0 and below 1, for example dropout=0.05": lambda: LoRA(dropout=1.5),
+        "scaling='cubic': must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))": (
+            lambda: LoRA(scaling="cubic")  # type: ignore[arg-type]
+        ),
+        "use_dora=True is not supported, because it computes something else than plain LoRA: merge it into the "
+        "base with PEFT": lambda: LoRA.from_peft({"peft_type": "LORA", "use_dora": True}),
+        "init_lora_weights='pissa' changed the base's weights too: convert it to plain LoRA with PEFT's "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...)": (
+            lambda: LoRA.from_peft({"peft_type": "LORA", "init_lora_weights": "pissa"})
+        ),
+    },
+    ("layout", ValueError): {
+        "layout: groups=0 is no field of a layout, or out of its range": lambda: Layout.from_description({"groups": 0}),
+    },
+    ("sites", ValueError): {
+        "first.weight is not adapted, or not any more: sites(model) returns those that are": lambda: removed().slot,
+    },
+    ("sites", RuntimeError): {
+        "training while the adapters are merged would not reach them: leave `merged(model)` first, or call "
+        "model.eval() if this is inference": lambda: while_merged(lambda model: model(torch.ones(1, 4))),
+    },
+    ("candidates", ValueError): {
+        "first.weight and third.weight are one tied parameter that the two layers use in different shapes: adapt "
+        "one of them, for example with exclude_modules=['third.weight']": (
+            lambda: adapted(tied(nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)), target_modules=["first", "third"])
+        ),
+    },
+    ("targets", ValueError): {
+        "target_modules=[] adapts nothing: write target_modules='all-linear' or a list of names": (
+            lambda: adapted(target_modules=[])
+        ),
+        "target_modules entry 'frist' matches nothing. Did you mean 'first'?": (
+            lambda: adapted(target_modules=["frist"])
+        ),
+        "'all-linear' stands alone, not in a list: write target_modules='all-linear'": (
+            lambda: adapted(target_modules=["all-linear"])
+        ),
+        "target_modules entry '0' matches 0, a Net: for all layers inside it write '0.*'": (
+            lambda: adapted(nn.Sequential(net()), target_modules=["0"])
+        ),
+        "target_modules entry 'norm' matches norm, a LayerNorm, which has no matrix to adapt: layers that can be "
+        "adapted are Linear, ..., GRUCell, transformers' Conv1D, and any matrix named in full; to train it in "
+        "full list it in modules_to_save": lambda: adapted(net(norm=nn.LayerNorm(3)), target_modules=["norm"]),
+        "target_modules entry 'norm.weight' matches norm.weight, which cannot be adapted (its shape is [3]; a "
+        "matrix or a stack of them can, where its own module's forward reads it): to train it in full list it in "
+        "modules_to_save": lambda: adapted(net(norm=nn.LayerNorm(3)), target_modules=["norm.weight"]),
+        "target_modules entry 'third' matches third, a dynamically quantized Linear of torch.ao, through which no "
+        "gradient passes: adapt layers that come after it instead": (
+            lambda: adapted(net(third=packed()), target_modules=["third"])
+        ),
+        "target_modules entry '0.0' matches 0.0, which cannot be adapted (its ParameterList has no forward; a "
+        "matrix or a stack of them can, where its own module's forward reads it): to train it in full list it in "
+        "modules_to_save": (
+            lambda: adapted(nn.Sequential(nn.ParameterList([torch.ones(2, 2)]), net()), target_modules=["0.0"])
+        ),
+        "target_modules='(first' is not a regular expression: missing ), unterminated subpattern at position 0": (
+            lambda: adapted(target_modules="(first")
+        ),
+        "target_modules='frist' is a regular expression for whole names and matches none; a name goes in a list: "
+        "target_modules=['frist']. Did you mean 'first'?": lambda: adapted(target_modules="frist"),
+        "target_modules='third.*' is a regular expression for whole names and matches none. Names that exist: "
+        "first, second": lambda: adapted(target_modules="third.*"),
+        "nothing is left to adapt: target_modules=['first'] chose 1 matrices, and exclude_modules=['first'] and "
+        "modules_to_save=[] took out all": lambda: adapted(target_modules=["first"], exclude_modules=["first"]),
+        "exclude_modules entry 'thrid' matches nothing. Names that exist: first, second": (
+            lambda: adapted(exclude_modules=["thrid"])
+        ),
+        "modules_to_save entry 'head' matches nothing. Names that exist: first, second": (
+            lambda: adapted(modules_to_save=["head"])
+        ),
+        "rank_pattern entry 'second' fits none of the adapted modules. Names that exist: first": (
+            lambda: adapted(target_modules=["first"], rank_pattern={"second": 4})
+        ),
+        "target_modules='all-linear' found no linear layer in Sequential: layers that can be adapted are Linear, "
+        "..., GRUCell, transformers' Conv1D, and any matrix named in full": lambda: adapted(nn.Sequential(nn.ReLU())),
+        "target_modules='all-linear' found no linear layer in Sequential: layers that can be adapted are Linear, "
+        "..., GRUCell, transformers' Conv1D, and any matrix named in full; write target_modules=['0']": (
+            lambda: adapted(nn.Sequential(nn.Conv1d(2, 2, 1)))
+        ),
+        "target_modules='all-linear' cannot adapt third, a NoisyLinear: layers that can be adapted are Linear, "
+        "..., GRUCell, transformers' Conv1D, and any matrix named in full. Leave out what is to stay frozen with "
+        "exclude_modules=['third'], or name what is to be adapted with target_modules=[...]": (
+            lambda: adapted(net(third=NoisyLinear(), fourth=nn.Identity()))
+        ),
+        "target_modules='all-linear' cannot adapt third, a NoisyLinear, and 1 more: layers that can be adapted "
+        "are Linear, ..., GRUCell, transformers' Conv1D, and any matrix named in full. Leave out what is to stay "
+        "frozen with exclude_modules=['fourth', 'third'], or name what is to be adapted with target_modules=[...]": (
+            lambda: adapted(net(third=NoisyLinear(), fourth=NoisyLinear()))
+        ),
+        "target_modules='all-linear' leaves out the output head, and 0 is all there is: target_modules=['0']": (
+            lambda: adapted(Pretrained(nn.Linear(4, 8)))
+        ),
+        "fused entry 'qkv' matches nothing. Names that exist: first, second": (
+            lambda: adapted(fused={"qkv": ["q", "k", "v"]})
+        ),
+        "fused entry 'second' fits second.weight, which is no linear layer's matrix as a whole: name one that is": (
+            lambda: adapted(net(second=nn.Conv1d(8, 3, 1)), fused={"second": ["q", "k", "v"]})
+        ),
+        "fused['first']={'q': 2, 'k': 2, 'v': 2} has 6 rows, but first.weight has 8: give the rows of each part, "
+        "such as {'q': 64, 'k': 16, 'v': 16}": lambda: adapted(fused={"first": ["q", "k", "v"]}),
+        "fused['first']: 'q/k' is no name for a part: use letters, digits and '_'": (
+            lambda: adapted(fused={"first": ["q/k", "v"]})
+        ),
+    },
+    ("inject", ValueError): {
+        "bias='some': must be 'none', 'lora_only' or 'all'": lambda: adapted(bias="some"),
+        "task='mein Deutsch': use 1 to 64 letters, digits, '_' or '-', and no attribute of a module, such as "
+        "task='german'": lambda: adapted(task="mein Deutsch"),
+        "task='other': the model has no adapter of that name; it has ['default']": lambda: remove(adapted(), "other"),
+        "third.weight has no shape yet (lazy layer), so it can be neither adapted nor frozen: run one batch "
+        "through the model where it is built, in __init__, setup or configure_model, or give in_features": (
+            lambda: adapted(net(third=nn.LazyLinear(3)))
+        ),
+        "first.weight already has the adapter 'default' with LoRA(r=2, alpha=4, dropout=0.0, scaling='linear'), "
+        "not LoRA(r=4, alpha=4, dropout=0.0, scaling='linear'): call remove(model, 'default') first, or give "
+        "another task name": lambda: inject(adapted(), LoRA(r=4, alpha=4)),
+        "the adapter 'default' is already there with LoRA(r=2, alpha=4, dropout=0.0, scaling='linear'), not "
+        "LoRA(r=2, alpha=4, dropout=0.5, scaling='linear'), and a task has one method: call remove(model, "
+        "'default') first, or give another task name": (
+            lambda: inject(adapted(target_modules=["first"]), LoRA(r=2, alpha=4, dropout=0.5), ["second"])
+        ),
+        "first.weight is no parameter but computed from others (by a hook, as old weight norm and pruning do), so "
+        "an adapter could not be merged into it: leave it out with exclude_modules=['first'], train it in full "
+        "with modules_to_save=['first'], or remove what computes it from the module first": (
+            lambda: adapted(net(first=prune.identity(nn.Linear(4, 8), "weight")))
+        ),
+        "first.weight: its module already has an attribute called 'adapters', the name we need: rename that, or "
+        "leave the layer out with exclude_modules=['first']": lambda: adapted(net(first=with_attribute("adapters", 1))),
+        "1 of the chosen weights were sharded before their adapters came (first: first.weight, a DTensor), so "
+        "every process would train adapters of its own: call inject(...) before fully_shard(...); with a Trainer "
+        "leave out fully_shard and parallelize_module in configure_model and use strategy='ddp'": (
+            lambda: adapted(sharded())
+        ),
+        "first.weight: of layers with packed weights only linear ones can be adapted, not a Conv1d: leave it out "
+        "with exclude_modules=['first'], or do not quantize it": (
+            lambda: adapted(net(first=packed_convolution()), target_modules=["first"])
+        ),
+        "first.weight: the forward of its Linear was replaced on this one object, so its adapter would never run: "
+        "replace it after the injection, or in a subclass, or leave the layer out with exclude_modules=['first']": (
+            lambda: adapted(net(first=with_attribute("forward", abs)))
+        ),
+    },
+    ("merge", ValueError): {
+        "nothing to merge: Net has no adapters: call inject or load_adapter first": lambda: merge_(net()),
+        "cannot merge into first.weight: it is tied to third.weight, which would change with it: untie them "
+        "first, or adapt both, which then share one adapter; merged(model) works as it is": (
+            lambda: merge_(adapted(tied(nn.Linear(4, 8), nn.Linear(4, 8)), target_modules=["first"]))
+        ),
+        "cannot merge into first.weight: it is computed by _SpectralNorm, which cannot give the merged weight: "
+        "call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') before the adapters are "
+        "injected, or keep the adapter unmerged": (
+            lambda: merge_(adapted(net(first=parametrizations.spectral_norm(nn.Linear(4, 8)))))
+        ),
+        "cannot merge into first.weight: it is stored as torch.int8; load the base in full precision": (
+            lambda: merge_(adapted(net(first=with_attribute("weight", nn.Parameter(torch.ones(8, 4).char(), False)))))
+        ),
+    },
+    ("merge", UserWarning): {
+        "1 quantized weights were rounded again with the adapters in them. The worst, first.weight, is 1.00% off "
+        "its adapted value, which the adapters had changed by 5.00%: to merge without this loss call "
+        "dequantize_(model, dtype) first": lambda: _warn_of([_Loss(0.01, 0.05, "first.weight")]),
+    },
+    ("quantized", ValueError): {
+        "torchao's Int4Tensor in this configuration cannot be packed again (int8 weight-only can): call "
+        "dequantize_(model, dtype) first, or keep the adapter unmerged": lambda: check_requantizable(in_int4().weight),
+    },
+    ("quantized", UserWarning): {
+        "1 quantized layers (first: first) give no gradient to their input, so what lies below them is not "
+        "trained through them: quantize weights alone, as torchao's Int8WeightOnlyConfig does": (
+            lambda: keep_differentiable(net(first=in_int4()))
+        ),
+    },
+    ("merge", RuntimeError): {
+        "cannot merge again while the adapters are merged: leave `merged(model)` first": lambda: while_merged(merge_),
+        "cannot save while the adapters are merged: leave `merged(model)` first": (
+            lambda: while_merged(lambda model: save_adapter(model, "best.adapter"))
+        ),
+        "cannot save a checkpoint while the adapters are merged: leave `merged(model)` first": (
+            lambda: while_merged(lambda module: module.trainer.save_checkpoint("best.ckpt"), fit().lightning_module)
+        ),
+        "cannot train while the adapters are merged: leave `merged(model)` first": (
+            lambda: while_merged(fit, fit().lightning_module)
+        ),
+    },
+    ("switch", ValueError): {
+        "task='german': the model has no adapter of that name; it has ['default']": lambda: use(adapted(), "german"),
+    },
+    ("saving", ValueError): {
+        "task='german': the model has no adapter of that name to save; it has ['default']": (
+            lambda: save_adapter(adapted(), "best.adapter", task="german")
+        ),
+    },
+    ("saving", FileExistsError): {
+        "runs holds other files, such as notes.txt: give the adapter its own folder": (
+            lambda: save_adapter(adapted(), written("runs/notes.txt").parent)
+        ),
+    },
+    ("derived_groups", ValueError): {
+        "lr_ratio=0: must be a finite number above 0; 1 is plain LoRA, LoRA+ suggests 16": (
+            lambda: LoRACallback(lr_ratio=0)
+        ),
+        "LBFGS keeps all parameters in one group: use lr_ratio=1 and no weight_decay by role with it "
+        "(lr_ratio=16, weight_decay={})": lambda: split(adapted(), torch.optim.LBFGS(net().parameters()), lr_ratio=16),
+        "Outer has no step hooks: use lr_ratio=1 and no weight_decay by role with it (lr_ratio=16, "
+        "weight_decay={})": lambda: split(adapted(), Outer(), lr_ratio=16),
+        "the saved state of SGD has groups of [1, 3] parameters, but this run's configure_optimizers made groups "
+        "of [2, 2]: build the groups that the checkpoint was written with": (
+            lambda: split_optimizer(2, 2).load_state_dict(split_optimizer(1, 3).state_dict())
+        ),
+    },
+    ("optim", ValueError): {
+        "no parameter requires a gradient: call inject(model, ...) before param_groups(model, ...)": (
+            lambda: param_groups(net().requires_grad_(False), lr=0.1)
+        ),
+        "first.adapters.weight.default.lora_A belongs in two groups of one optimizer: configure_optimizers must "
+        "give it to one": lambda: (model := adapted(), place(model, [repeated(model)])),
+        "net.first.adapters.weight.default.lora_A is in no optimizer and there are 2 parameter groups to choose "
+        "from: add `[p for p in self.parameters() if p.requires_grad]` to one in configure_optimizers": (
+            lambda: fit(Lit(lambda module: groups(module.net.first.bias, module.net.second.bias)))
+        ),
+        "net.first.adapters.weight.default.lora_A is in SparseAdam, which takes sparse gradients only, but those "
+        "of adapters are dense: give it to another optimizer in configure_optimizers, such as torch.optim.Adam": (
+            lambda: fit(Lit(lambda module: torch.optim.SparseAdam([*module.parameters()])))
+        ),
+        "Stateful holds state for the parameters that it was built with, so first.adapters.weight.default.lora_A "
+        "cannot join it: build it in configure_optimizers, from self.parameters()": (
+            lambda: (model := net(), optimizer := Stateful(model), place(adapted(model), [optimizer]))
+        ),
+    },
+    ("files", AdapterError): {
+        "best.adapter/adapter_model.safetensors: no such file; an adapter folder holds adapter_model.safetensors": (
+            lambda: read_tensors("best.adapter/adapter_model.safetensors")
+        ),
+        "best.adapter/adapter_model.safetensors: not an adapter: its header claims 18446744073709551615 bytes, at "
+        "most 16777216": (
+            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\xff" * 16).parent)
+        ),
+        "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: Error while deserializing "
+        "header: invalid JSON in header: EOF while parsing a value at line 1 column 0": (
+            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\x00" * 16).parent)
+        ),
+        "best.adapter/adapter_model.safetensors: base_model.model.first.lora_A.weight holds values that are not "
+        "finite; the run that wrote it had diverged: take an earlier save": (
+            lambda: load_adapter(net(), changed({f"{FIRST}lora_A.weight": torch.full((2, 4), torch.nan)}))
+        ),
+        "best.adapter/adapter_model.safetensors: written by a newer lightning_lora (schema 2, this version reads "
+        "up to 1): upgrade": lambda: load_adapter(net(), changed(schema=2)),
+        "best.adapter/adapter_model.safetensors: the checksum does not fit: the file was changed or damaged after "
+        "it was written: copy or save it again": lambda: load_adapter(net(), damaged()),
+        "best.adapter/adapter_config.json: not readable as JSON: NaN is not a number": (
+            lambda: parse_json('{"r": NaN}', "best.adapter/adapter_config.json")
+        ),
+        "best.adapter/adapter_config.json: holds a list where an object is expected": (
+            lambda: parse_json("[]", "best.adapter/adapter_config.json")
+        ),
+    },
+    ("files", NotADirectoryError): {
+        "best.ckpt is a file: give the name of a folder": lambda: save_adapter(adapted(), written("best.ckpt")),
+    },
+    ("files", ValueError): {
+        "'../notes' is no name inside the folder best.adapter: names are relative and without '..'": (
+            lambda: write_folder("best.adapter", {"../notes": b""})
+        ),
+    },
+    ("description", AdapterError): {
+        "best.adapter: field 'task' of its description is a NoneType where a str is expected": (
+            lambda: load_adapter(net(), changed(task=None))
+        ),
+        "best.adapter: its description names no adapted matrix, so there is nothing to load": (
+            lambda: load_adapter(net(), changed(sites={}))
+        ),
+        "best.adapter: its description says {'alpha': 4, 'base': 7, 'form': 'linear', 'r': 2, 'size': [8, 4]} of "
+        "first.weight, which no save writes: save it again": lambda: load_adapter(net(), changed(site={"base": 7})),
+        "best.adapter: layout: groups=0 is no field of a layout, or out of its range": (
+            lambda: load_adapter(net(), changed(site={"layout": {"groups": 0}}))
+        ),
+        "best.adapter: field 'trained_in_full' of its description is [7], where a list of names is expected": (
+            lambda: load_adapter(net(), changed(trained_in_full=[7]))
+        ),
+        "best.adapter: field 'not_for_peft' of its description is 7, where a sentence is expected": (
+            lambda: load_adapter(net(), changed(not_for_peft=7))
+        ),
+        "best.adapter: method 'BoRA' is unknown here; known: LoRA: import the module that defines it, or upgrade "
+        "lightning_lora": lambda: load_adapter(net(), changed(method="BoRA")),
+        "best.adapter: hyperparameters of LoRA: r=0: the rank must be a whole number of at least 1, for example "
+        "r=8": lambda: load_adapter(net(), changed(site={"r": 0})),
+    },
+    ("peft_reading", AdapterError): {
+        "best.adapter: peft_type='IA3' is not supported; known: LORA": (
+            lambda: load_adapter(net(), by_peft(peft_type="IA3"))
+        ),
+        "best.adapter: dropout=2: must be at least 0 and below 1, for example dropout=0.05": (
+            lambda: load_adapter(net(), by_peft(lora_dropout=2))
+        ),
+        "best.adapter: first: alpha_pattern is a int where an object is expected": (
+            lambda: load_adapter(net(), by_peft(alpha_pattern=7))
+        ),
+        "best.adapter: first: target_parameters=[7] is no list of names": (
+            lambda: load_adapter(net(), by_peft(target_parameters=[7]))
+        ),
+        "best.adapter: first: which 1 of its parameters are adapted cannot be told from "
+        "target_parameters=['first.weight', 'first.bias']": (
+            lambda: load_adapter(net(), by_peft(target_parameters=["first.weight", "first.bias"]))
+        ),
+        "best.adapter: first: alpha_pattern key 'fi.*' is a regular expression, and none from a file is run: "
+        "write module names there": lambda: load_adapter(net(), by_peft(alpha_pattern={"fi.*": 7})),
+        "best.adapter: no tensor is called base_model.model.<module>.lora_A.weight: nothing here is an adapter": (
+            lambda: load_adapter(net(), by_peft({"base_model.model.first.weight": torch.ones(1)}))
+        ),
+    },
+    ("reading", AdapterError): {
+        "best.ckpt is a file: give the adapter folder that holds adapter_model.safetensors": (
+            lambda: load_adapter(net(), written("best.ckpt"))
+        ),
+        "runs: no adapter_model.safetensors in this folder": lambda: load_adapter(net(), "runs"),
+        "runs: no adapter_model.safetensors in this folder; adapter_model.bin is a pickle, which could run code: "
+        "convert it to safetensors first": lambda: load_adapter(net(), written("runs/adapter_model.bin").parent),
+        "best.adapter: no adapter_config.json beside adapter_model.safetensors: copy it there, it says r and alpha": (
+            lambda: load_adapter(net(), without_config())
+        ),
+        "best.adapter: base_model.model.first.base_layer.bias is missing: copy or save the folder again": (
+            lambda: load_adapter(net(), changed({f"{FIRST}base_layer.bias": None}))
+        ),
+        "best.adapter: base_model.model.first.lora_embedding_A has shape [2], which fits no r=2": (
+            lambda: [
+                *inspect(changed({f"{FIRST}lora_embedding_A": torch.ones(2)}, model=net(first=nn.Embedding(4, 8))))
+            ]
+        ),
+    },
+    ("loading", AdapterError): {
+        "best.adapter: trained on another base: 1 of 2 adapted weights differ (first.weight). Load the base that "
+        "it was trained on, or pass allow_base_mismatch=True": (
+            lambda: load_adapter(net(first=nn.Linear(4, 8)), saved())
+        ),
+        "best.adapter: the adapters belong to first.weight, second.weight, which the model does not have or which "
+        "cannot be adapted: they were trained on another architecture": lambda: load_adapter(nn.Linear(4, 8), saved()),
+        "best.adapter: the adapters fit student and teacher alike: load them into that one, for example "
+        "load_adapter(model.student, path)": (
+            lambda: load_adapter(nn.ModuleDict({"student": net(), "teacher": net()}), saved())
+        ),
+        "best.adapter: first.weight was trained as Layout(groups=1, transposed=False, stacked=False, "
+        "looked_up=False, rows=None), but the model's is Layout(groups=1, transposed=True, stacked=False, "
+        "looked_up=False, rows=None): another kind of layer": (
+            lambda: load_adapter(net(first=nn.ConvTranspose1d(8, 4, 1)), saved())
+        ),
+        "best.adapter: first.weight would be empty in this model, whose matrix has 8 rows: it was trained on "
+        "another architecture": lambda: load_adapter(net(), changed(site={"layout": {"rows": [8, 16]}})),
+        "best.adapter: first.weight shares its adapter with third.weight, which the model does not have: it was "
+        "trained on another architecture": lambda: load_adapter(net(), saved(tied(nn.Linear(4, 8), nn.Linear(4, 8)))),
+        "best.adapter: first.weight was tied to third.weight, and in this model it is not: tie them again first": (
+            lambda: load_adapter(net(third=nn.Linear(4, 8)), saved(tied(nn.Linear(4, 8), nn.Linear(4, 8))))
+        ),
+        "best.adapter: first.weight, second.weight is on the meta device: give the base its values, then load": (
+            lambda: load_adapter(net().to("meta"), saved())
+        ),
+        "best.adapter: it holds first.bias, which the model does not have": (
+            lambda: load_adapter(net(first=nn.Linear(4, 8, bias=False)), changed(), allow_base_mismatch=True)
+        ),
+        "best.adapter: first.bias has shape [3], the model's is [8]": (
+            lambda: load_adapter(net(), changed({f"{FIRST}base_layer.bias": torch.ones(3)}))
+        ),
+        "best.adapter: first.bias is stored as torch.int64, the model's is torch.float32": (
+            lambda: load_adapter(net(), changed({f"{FIRST}base_layer.bias": torch.ones(8, dtype=torch.long)}))
+        ),
+        "both: two of its folders adapt first.weight, second.weight: load one of them, such as both/two": (
+            lambda: load_adapter(net(), twice())
+        ),
+        "best.adapter: first.weight already has the adapter 'default' with LoRA(r=4, alpha=16.0, dropout=0.0, "
+        "scaling='linear'), not LoRA(r=2, alpha=4, dropout=0.0, scaling='linear'): call remove(model, 'default') "
+        "first, or give another task name": (
+            lambda: load_adapter((model := net(), inject(model, LoRA(r=4)))[0], saved())
+        ),
+        "best.ckpt: it adapts other matrices than this run: only in the checkpoint: net.second.weight; only here: "
+        "none. Use the target_modules that it was trained with": (
+            lambda: resume(checkpoint(), exclude_modules=["second"])
+        ),
+        "best.ckpt: net.first.weight was trained with LoRA(r=2, alpha=16.0, dropout=0.0, scaling='linear'), but "
+        "this run has LoRA(r=4, alpha=16.0, dropout=0.0, scaling='linear'): give method, rank_pattern and "
+        "alpha_pattern as they were": lambda: resume(checkpoint(), rank_pattern={"first": 4}),
+        "best.ckpt: it adapts net.first.weight, net.second.weight, which Bare does not have: build it as it was "
+        "trained": lambda: load_from_checkpoint(Bare, checkpoint()),
+        "best.ckpt: it holds head.bias, which Lit does not have: build it as it was trained": (
+            lambda: load_from_checkpoint(Lit, changed_checkpoint(trained_in_full=["head.bias"]))
+        ),
+    },
+    ("fitting", AdapterError): {
+        "best.adapter: base_model.model.first.lora_B.weight is missing: copy or save the folder again": (
+            lambda: load_adapter(net(), changed({f"{FIRST}lora_B.weight": None}))
+        ),
+        "best.adapter: base_model.model.first.lora_A.weight has shape [3, 4], but [2, 4] is expected: r=2 on a 8 "
+        "x 4 matrix": lambda: load_adapter(net(), changed({f"{FIRST}lora_A.weight": torch.ones(3, 4)})),
+        "best.adapter: base_model.model.first.lora_A.weight is stored as torch.int64, not as floating point": (
+            lambda: load_adapter(net(), changed({f"{FIRST}lora_A.weight": torch.ones(2, 4, dtype=torch.long)}))
+        ),
+        "best.adapter: it holds tensors that belong to no adapted module: base_model.model.first.lora_C.weight": (
+            lambda: load_adapter(net(), changed({f"{FIRST}lora_C.weight": torch.ones(2)}))
+        ),
+        "best.adapter: first.weight: r=1000000000000000000000000000000 is beyond all bounds: copy or save the "
+        "folder again": lambda: load_adapter(net(), changed(site={"r": 10**30})),
+        "best.adapter: first.weight was trained with PEFT as something else than it is here: PEFT stores its "
+        "factors in another way on a Conv1d": lambda: load_adapter(net(first=nn.Conv1d(4, 8, 1)), by_peft()),
+        "base.pt: best.adapter: its factors do not fit first.weight of the base: give the one it was trained on": (
+            lambda: merge(saved(), base(net(first=nn.Linear(5, 8))), Path("merged.pt"))
+        ),
+        "base.pt: best.adapter: its factors fit first.down, first.up in several ways: load it into the model, "
+        "with load_adapter, and merge it there, with merge_": (
+            lambda: merge(two_tables(), base(first_up=torch.ones(4, 4), first_down=torch.ones(4, 4)), Path("merged.pt"))
+        ),
+        "base.pt: best.adapter: first.weight may lie as (out, in) or as (in, out): load it into the model, with "
+        "load_adapter, and merge it there, with merge_": lambda: merge_square(),
+    },
+    ("weight_files", AdapterError): {
+        "base.pt: no such file, or a folder without .safetensors files": (
+            lambda: merge(saved(), Path("base.pt"), Path("merged.pt"))
+        ),
+        "base.safetensors: damaged or not a safetensors file: Error while deserializing header: header too small": (
+            lambda: merge(saved(), written("base.safetensors"), Path("merged.pt"))
+        ),
+        "base.pt: not readable as plain weights (EOFError): give what torch.save(model.state_dict(), path) wrote": (
+            lambda: merge(saved(), written("base.pt"), Path("merged.pt"))
+        ),
+        "base.pt: holds no state dict: expected are tensors by name, or these under 'state_dict'": (
+            lambda: merge(saved(), stored("base.pt", {"epoch": 3}), Path("merged.pt"))
+        ),
+    },
+    ("weight_files", FileExistsError): {
+        "merged.pt exists: give another --out": lambda: merge(saved(), base(), written("merged.pt")),
+    },
+    ("offline", AdapterError): {
+        "base.pt: first.weight is not what best.adapter was trained on: give that base, or --allow_base_mismatch": (
+            lambda: merge(saved(), base(net(first=nn.Linear(4, 8))), Path("merged.pt"))
+        ),
+        "base.pt: best.adapter: the adapters belong to first.weight, second.weight, which the model does not have "
+        "or which cannot be adapted: they were trained on another architecture": (
+            lambda: merge(saved(), base(nn.Linear(2, 2)), Path("merged.pt"))
+        ),
+        "base.pt: first.weight is packed (Tensor of torch.int8), and only its model can unpack it: load both in "
+        "Python and call merge_(dequantize_(model, dtype))": (
+            lambda: merge(saved(), base(first_weight=torch.ones(8, 4).char()), Path("merged.pt"))
+        ),
+        "base.pt: it has no first.bias, which best.adapter has trained in full: give the base that it was trained "
+        "on": lambda: merge(saved(bias="all"), base(first_bias=None), Path("merged.pt")),
+        "base.pt: first.bias has shape [3], but was trained as [8]: give the base that it was trained on": (
+            lambda: merge(saved(bias="all"), base(first_bias=torch.ones(3)), Path("merged.pt"))
+        ),
+        "base.pt: first.weight is tied to third.weight, which would change with it: merge it in the model, with "
+        "merge_, after untying them": lambda: merge_tied(),
+        "best.adapter: whose factors are whose of first.down or first.up is not in the files, and their ranks or "
+        "scales differ: load it into the model, with load_adapter": lambda: [*inspect(two_tables())],
+        "best.adapter holds 2 networks: export one of best.adapter/one, best.adapter/two": (
+            lambda: export(saved(two_networks()), Path("portable"))
+        ),
+        "best.adapter has no portable form: first.weight is not the weight of a linear layer; merge it into the "
+        "base instead, or give the folder to PEFT as it is": (
+            lambda: export(saved(net(first=nn.Conv1d(4, 8, 1)), target_modules=["first"]), Path("portable"))
+        ),
+        "best.adapter has no portable form: PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up "
+        "to 0.21.2): 0.in_proj_weight; merge it into the base instead": (
+            lambda: export(saved(nn.Sequential(nn.MultiheadAttention(4, 2))), Path("portable"))
+        ),
+        "best.adapter: the factors of first.weight have no shapes of an adapter with r=2: copy or save the folder "
+        "again": lambda: [*inspect(changed({f"{FIRST}lora_A.weight": torch.ones(3, 4)}))],
+    },
+    ("offline", FileExistsError): {
+        "portable exists: give a new folder": lambda: export(saved(), written("portable/notes.txt").parent),
+    },
+    ("checkpoints", AdapterError): {
+        "full.ckpt was not written with LoRACallback, so it holds no adapters: load its weights where the module "
+        "builds its base, and start without ckpt_path": lambda: resume(full_checkpoint()),
+        "full.ckpt was not written with LoRACallback: use Lit.load_from_checkpoint instead": (
+            lambda: load_from_checkpoint(Lit, full_checkpoint())
+        ),
+        "best.ckpt: net.first.bias, net.second.bias is missing, which this run trains: give modules_to_save and "
+        "bias as they were": lambda: resume(checkpoint(), bias="all"),
+        "best.ckpt: it holds net.first.bias, net.second.bias, which this run does not train: give modules_to_save "
+        "and bias as they were": lambda: resume(checkpoint(bias="all")),
+        "best.ckpt: not written, because state_dict() of Forgetful leaves out "
+        "net.first.adapters.weight.default.lora_A, net.first.adapters.weight.default.lora_B, "
+        "net.second.adapters.weight.default.lora_A, net.second.adapters.weight.default.lora_B: do not override "
+        "it, the base is kept out of checkpoints without that": lambda: checkpoint(Forgetful()),
+        "best.ckpt: it adapts net.first.weight, net.second.weight, which InSetup does not have: build it as it "
+        "was trained; if it builds its layers in setup, pass setup_stage='predict'": (
+            lambda: load_from_checkpoint(InSetup, checkpoint(InSetup()))
+        ),
+    },
+    ("checkpoints", UserWarning): {
+        "memory://best.ckpt is not a local file: its adapter folder is not written: call save_adapter(model, "
+        "folder) for one": lambda: fit().save_checkpoint("memory://best.ckpt"),
+    },
+    ("checkpoints", RuntimeError): {
+        "...only adapters are in this file, read it with lightning_lora.load_from_checkpoint or with LoRACallback...": (
+            lambda: Lit.load_from_checkpoint(checkpoint())
+        ),
+    },
+    ("callbacks/conflicts", ValueError): {
+        "this Trainer has LoRACallback and MyCallback: give it one, as an optimizer has one lr_ratio only": (
+            lambda: fit(None, type("MyCallback", (LoRACallback,), {})())
+        ),
+        "BackboneFinetuning freezes and thaws layers, as LoRACallback does, so one would undo what the other did: "
+        "take it out of Trainer(callbacks=[...]), and list what is to be trained in full in "
+        "LoRACallback(modules_to_save=[...])": lambda: fit(None, BackboneFinetuning()),
+        "ModelPruning sets weights of the frozen base to zero, and checkpoints do not hold the base: take it out "
+        "of Trainer(callbacks=[...]), and prune before adapters are trained or after merge_(model)": (
+            lambda: fit(None, ModelPruning("l1_unstructured"))
+        ),
+    },
+    ("callbacks/averaging", ValueError): {
+        "EMAWeightAveraging copies the module before the adapters are in it: put LoRACallback before it in "
+        "Trainer(callbacks=[...]); or use AdapterEMA, which averages only what is trained and may stand anywhere "
+        "in the list": lambda: trainer(EMAWeightAveraging(), LoRACallback()).fit(Lit(), loader(1)),
+        "StochasticWeightAveraging resets the running statistics of all BatchNorm layers, and the frozen ones are "
+        "not measured again: use EMAWeightAveraging, or list these layers in modules_to_save": (
+            lambda: fit(Normed(), StochasticWeightAveraging(0.1))
+        ),
+    },
+    ("callbacks/audit", RuntimeError): {
+        "2 of 6 adapter parameters got no gradient in the first batch: net.idle.weight (default.lora_A), "
+        "net.idle.weight (default.lora_B). Either the forward does not call these layers as modules (a teacher, a "
+        "layer whose weight is read directly): leave them out with exclude_modules=['net.idle']. Or something "
+        "cuts the gradient, as reentrant checkpointing of a frozen input does: pass use_reentrant=False. Or later "
+        "batches use them, or the module averages them from others: set LoRACallback(audit=False)": lambda: fit(Idle()),
+        "4 of 4 adapter parameters got no gradient in the first batch: first.weight (default.lora_A), "
+        "first.weight (default.lora_B), second.weight (default.lora_A), .... Something cuts the gradient, as "
+        "reentrant checkpointing of a frozen input does: pass use_reentrant=False. Or later batches use them, or "
+        "the module averages them from others: set LoRACallback(audit=False)": lambda: Audit(adapted()).check(),
+        "1 weights of the frozen base were changed during the first batch: first.weight. Checkpoints do not hold "
+        "them, so the change would be lost. Something writes to parameters itself, such as weight clipping: let "
+        "it skip those that do not require a gradient, or train the module in full with modules_to_save=['first']": (
+            lambda: clip_weights()
+        ),
+    },
+    ("callbacks/ema", ValueError): {
+        "decay=1: must be at least 0 and below 1, for example AdapterEMA(decay=0.999)": lambda: AdapterEMA(decay=1),
+        "update_every_n_steps=0: must be at least 1, which is every step": lambda: AdapterEMA(update_every_n_steps=0),
+        "update_starting_at_step=-1: must be at least 0, the first step": (
+            lambda: AdapterEMA(update_starting_at_step=-1)
+        ),
+        "EMAWeightAveraging and AdapterEMA would both put averages into the model: leave one of them out": (
+            lambda: fit(None, AdapterEMA(), EMAWeightAveraging())
+        ),
+    },
+    ("callbacks/guards", RuntimeError): {
+        "the loss depends on no adapter. Either the forward calls none of the adapted layers as a module, or "
+        "something cuts the gradient, as reentrant checkpointing of a frozen input does: pass "
+        'use_reentrant=False, or for a model of transformers gradient_checkpointing_kwargs={"use_reentrant": '
+        "False}": lambda: check_connected(torch.ones(1), adapted()),
+        "the loss depends on no adapter. third is a dynamically quantized Linear of torch.ao, through which no "
+        "gradient passes: adapters before it cannot learn. Either the forward calls none of the adapted layers as "
+        "a module, or something cuts the gradient, as reentrant checkpointing of a frozen input does: pass "
+        'use_reentrant=False, or for a model of transformers gradient_checkpointing_kwargs={"use_reentrant": '
+        "False}": lambda: check_connected(torch.ones(1), net(third=packed())),
+        "4 parameters of the frozen base require a gradient: first.weight, first.bias, second.weight, .... "
+        "Something set requires_grad after injection: to train them in full list them in modules_to_save; to "
+        "switch the gradients of an adversary by turns call self.toggle_optimizer(...) instead": (
+            lambda: check_frozen(adapted().requires_grad_(True))
+        ),
+        "2 of 2 adapters are gone since they were injected: first.weight, second.weight. Something put other "
+        "layers in their place, as precision plugins do: let it convert the module before the Trainer runs": (
+            lambda: check_present(net(), sites(adapted()))
+        ),
+    },
+    ("callbacks/guards", ValueError): {
+        "first is a DistributedDataParallel before its adapters came, so every process would train adapters of "
+        "its own: wrap nothing in configure_model and use strategy='ddp'": (
+            lambda: check_unwrapped(net(first=type("DistributedDataParallel", (nn.Linear,), {})(4, 8)))
+        ),
+        "strategy=FSDPStrategy: checkpoints of adapters over a sharded base are not supported yet; use "
+        "strategy='ddp'": lambda: check_strategy(strategy("FSDPStrategy")),
+        "strategy=DDPStrategy trains in spawned or forked processes, and the adapters would stay there: use "
+        "strategy='ddp'": lambda: check_strategy(strategy("DDPStrategy", "_MultiProcessingLauncher")),
+    },
+    ("callbacks/lora", ValueError): {
+        "method='lora': give a method, for example LoRACallback(LoRA(r=8))": (
+            lambda: LoRACallback("lora")  # type: ignore[arg-type]
+        ),
+        "configure_optimizers returned no optimizer, so the adapters would not be trained: return one over "
+        "self.parameters()": lambda: fit(Lit(lambda module: None)),
+        "configure_optimizers gave its optimizer no parameter: it filters by requires_grad and what it chose is "
+        "frozen now; list that module in LoRACallback(modules_to_save=[...])": (
+            lambda: fit(Lit(lambda module: over_trainable(module.net.first)), target_modules=["second"])
+        ),
+    },
+    ("callbacks/lora", RuntimeError): {
+        "configure_optimizers of Replaces was replaced in its setup, after LoRACallback had wrapped it, so "
+        "adapters or optimizer groups are missing: replace it in __init__": lambda: fit(Replaces()),
+    },
+    ("callbacks/lora", UserWarning): {
+        "InSetup built its layers anew, so what was trained in it is gone and its adapters are fresh: pass "
+        "ckpt_path, or let it build only what is not there yet": (
+            lambda: (module := InSetup(), fit(module).test(module, loader(1)))
+        ),
+        "trained in full by modules_to_save or bias: net.second.weight is net.tied.weight too (tied weights), so "
+        "both layers change": lambda: fit(Tied(), modules_to_save=["second"], target_modules=["first"]),
+        "the adapters' dropout has no effect at 2 matrices (first: net.self_attn.in_proj_weight): the forward of "
+        "their layer reads them, or looks rows up, instead of multiplying an input by them": (
+            lambda: fit(Attending(), method=LoRA(r=2, dropout=0.1))
+        ),
+        "2 trained parameters (first: net.first.adapters.weight.default.lora_A) were in no optimizer, because "
+        "configure_optimizers chose others: they were added to its only group. Pass self.parameters() to say so. "
+        "What it chose is frozen (first: net.second.weight); to train that too, list it in modules_to_save.": (
+            lambda: fit(Lit(lambda module: torch.optim.SGD(module.net.second.parameters())), exclude_modules=["second"])
+        ),
+        "4 trained parameters (first: net.first.adapters.weight.default.lora_A) were in no optimizer, because "
+        "configure_optimizers chose others: they were added to its only group. Pass self.parameters() to say so.": (
+            lambda: fit(Lit(lambda module: torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)))
+        ),
+        "2 of the groups that configure_optimizers made hold frozen parameters only (first: net.first.weight), so "
+        "they train nothing: list in modules_to_save what is to be trained in full, such as a new head": (
+            lambda: fit(Lit(lambda module: groups(*module.net.parameters())), target_modules=["first"])
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("room", "error", "text", "trigger"),
+    [
+        pytest.param(room, error, text, trigger, id=f"{room}: {text}"[:80])
+        for (room, error), rows in MESSAGES.items()
+        for text, trigger in rows.items()
+    ],
+)
+def test_a_message_reads_as_it_is_listed_and_comes_from_its_room(
+    room: str,
+    error: type[Exception],
+    text: str,
+    trigger: Callable[[], object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as raised:
+        trigger()
+    said = str(raised.value)
+    assert raised.type is error
+    assert said == text or re.fullmatch(re.escape(text).replace(r"\.\.\.", ".+"), said, re.DOTALL)
+    rooms = list(rooms_of(raised.value))
+    assert room in rooms or not rooms  # Lightning's own errors may quote us
+
+
+def test_every_message_in_the_package_is_listed() -> None:
+    listed = {room: [text for (other, _), rows in MESSAGES.items() if other == room for text in rows] for room in ROOMS}
+    missing = [
+        f"{one.place} gives a message that no row of {one.room!r} has: {one.text}"
+        for one in sentences()
+        if not any(re.fullmatch(f"(.+: )?{one.pattern}", text, re.DOTALL) for text in listed[one.room])
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_room_that_is_listed_gives_messages() -> None:
+    assert {room for room, _ in MESSAGES} == {one.room for one in sentences()}
+
+
+def rooms_of(error: BaseException | None) -> Iterator[str]:
+    """The files of the package in which an error, and those that it came from, were raised."""
+    while error is not None:
+        frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        yield from [room for frame in frames for room, path in ROOMS.items() if path == frame][-1:]
+        error = error.__context__

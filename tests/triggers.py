@@ -1,0 +1,349 @@
+"""What the rows of test_messages.py have in common: models, files and runs that are special in one way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import safetensors.torch
+import torch
+from conftest import Lit, loader
+from torch import Tensor, nn
+
+from lightning_lora import (
+    LoRA,
+    LoRACallback,
+    inject,
+    merged,
+    remove,
+    save_adapter,
+    sites,
+)
+from lightning_lora.callbacks.audit import Audit
+from lightning_lora.derived_groups import split
+from lightning_lora.files import read_tensors, to_bytes
+from lightning_lora.offline import merge
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FIRST = "base_model.model.first."  # PEFT's name of the first layer of Net
+
+
+def net(**layers: nn.Module) -> Any:
+    """The network of `conftest.Lit` with the same values at every call; given layers are added or replace its own."""
+    model = Lit().net
+    for name, layer in layers.items():
+        setattr(model, name, layer)
+    return model
+
+
+def adapted(model: nn.Module | None = None, **options: Any) -> Any:
+    model = net() if model is None else model
+    inject(model, LoRA(r=2, alpha=4), **options)
+    return model
+
+
+def saved(model: nn.Module | None = None, **options: Any) -> Path:
+    save_adapter(adapted(model, **options), "best.adapter")
+    return Path("best.adapter")
+
+
+def changed(tensors: Mapping[str, Any] = {}, site: Mapping[str, Any] = {}, model: Any = None, **fields: Any) -> Path:
+    """A saved adapter with other tensors, another first site or other fields in its description; the checksum fits."""
+    weights = saved(model, bias="lora_only", target_modules=["first", "second"]) / WEIGHTS
+    present, described = read_tensors(weights)
+    assert described is not None
+    described["sites"]["first.weight"] |= site
+    kept = {name: tensor for name, tensor in {**present, **tensors}.items() if tensor is not None}
+    weights.write_bytes(to_bytes(kept, described | fields))
+    return weights.parent
+
+
+def by_peft(tensors: dict[str, Tensor] | None = None, model: nn.Module | None = None, **fields: Any) -> Path:
+    """A saved adapter as PEFT would write it, perhaps with other tensors or other fields in its config."""
+    folder = saved(model)
+    present, _ = read_tensors(folder / WEIGHTS)
+    safetensors.torch.save_file(tensors or present, folder / WEIGHTS, {"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+    return folder
+
+
+def base(model: nn.Module | None = None, **tensors: Tensor | None) -> Path:
+    """The file ``base.pt`` with a model's weights, some of them replaced or, where None, left out."""
+    values = {**(model or net()).state_dict(), **{name.replace("_", "."): tensor for name, tensor in tensors.items()}}
+    torch.save({name: tensor for name, tensor in values.items() if tensor is not None}, "base.pt")
+    return Path("base.pt")
+
+
+def written(path: str, content: str | bytes = b"") -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return Path(path)
+
+
+def stored(path: str, content: Any) -> Path:
+    torch.save(content, path)
+    return Path(path)
+
+
+def trainer(*callbacks: L.Callback, **options: Any) -> Any:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    short = {"devices": 1, "max_epochs": 1, "enable_checkpointing": False}
+    return L.Trainer(callbacks=[*callbacks], **quiet | short | options)
+
+
+def fit(module: Any = None, *callbacks: L.Callback, method: Any = None, **options: Any) -> Any:
+    """Train one batch with LoRACallback in front of other callbacks."""
+    run = trainer(LoRACallback(method or LoRA(r=2), **options), *callbacks)
+    run.fit(module or Lit(), loader(1))
+    return run
+
+
+def checkpoint(module: Any = None, **options: Any) -> str:
+    fit(module, **options).save_checkpoint("best.ckpt")
+    return "best.ckpt"
+
+
+def resume(path: str, **options: Any) -> None:
+    trainer(LoRACallback(LoRA(r=2), **options), max_epochs=2).fit(Lit(), loader(1), ckpt_path=path)
+
+
+def while_merged(act: Callable[[Any], object], model: Any = None) -> None:
+    model = model or adapted()
+    with merged(model):
+        act(model)
+
+
+# ---- models and files that are special in one way
+
+
+def with_attribute(name: str, value: object) -> nn.Linear:
+    layer = nn.Linear(4, 8)
+    setattr(layer, name, value)
+    return layer
+
+
+def tied(first: nn.Module, other: nn.Module) -> Any:
+    """The network with another layer ``third`` that has the weight of the first one."""
+    other.weight = first.weight
+    return net(first=first, third=other)
+
+
+class NoisyLinear(nn.Module):
+    """A linear layer of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 3))
+
+
+def sharded() -> Any:
+    """The network as it looks here after ``fully_shard``."""
+    model = net()
+    model.first.weight.device_mesh = ("a mesh",)
+    return model
+
+
+class Int4Tensor(Tensor):
+    """A packed weight as torchao has them; layers give no gradient through this one."""
+
+    __module__ = "torchao.quantization"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        return result.detach() if function is nn.functional.linear else result
+
+
+def in_int4() -> nn.Linear:
+    layer = nn.Linear(4, 8)
+    layer._parameters["weight"] = torch.ones(8, 4).as_subclass(Int4Tensor)  # type: ignore[assignment]
+    return layer
+
+
+def packed_convolution() -> nn.Module:
+    layer = nn.Conv1d(4, 8, 1)
+    layer.weight.quant_state = None  # by which weights of bitsandbytes are told
+    return layer
+
+
+def two_tables() -> Path:
+    """An adapter that PEFT wrote for two parameters of one module."""
+    factors = {f"{level}lora_{factor}.weight": torch.ones(4, 4) for level in ("", "base_layer.") for factor in "AB"}
+    names = ["first.down", "first.up"]
+    tensors = {f"{FIRST}{name}": tensor for name, tensor in factors.items()}
+    return by_peft(tensors, r=4, target_parameters=names, alpha_pattern={"first.up": 8})
+
+
+def packed() -> nn.Module:
+    """A layer as ``quantize_dynamic`` leaves it, told by its class's name and module."""
+    return type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})()
+
+
+class Pretrained(nn.Sequential):
+    """What a transformers model looks like from here: its last layer is the output head."""
+
+    config = None
+
+    def save_pretrained(self) -> None: ...
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self[-1]
+
+
+class Outer:
+    """An optimizer without torch's base class."""
+
+
+class Stateful(torch.optim.SGD):
+    """An optimizer that makes its state when it is built, out of arguments of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+        for parameter in model.parameters():
+            self.state[parameter]["sum"] = torch.zeros_like(parameter)
+
+
+class Bare(Lit):
+    def build(self) -> nn.Module:
+        return nn.Identity()
+
+
+class InSetup(Lit):
+    """Builds its network in ``setup``, anew each time."""
+
+    def build(self) -> nn.Module:
+        return nn.Identity()
+
+    def setup(self, stage: str) -> None:
+        self.net = super().build()
+
+
+class Replaces(Lit):
+    def setup(self, stage: str) -> None:
+        self.configure_optimizers = super().configure_optimizers  # type: ignore[method-assign]
+
+
+class Forgetful(Lit):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {}
+
+
+class Attending(Lit):
+    def build(self) -> nn.Module:
+        return nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+
+
+class Normed(Lit):
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(4), super().build())
+
+
+class Idle(Lit):
+    def build(self) -> nn.Module:
+        model = super().build()
+        model.idle = nn.Linear(4, 4)
+        return model
+
+
+class Tied(Lit):
+    def build(self) -> nn.Module:
+        model = super().build()
+        model.tied = nn.Linear(8, 3)
+        model.tied.weight = model.second.weight
+        return model
+
+
+def groups(*parameters: nn.Parameter) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [parameter]} for parameter in parameters], lr=0.1)
+
+
+def over_trainable(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+
+
+def repeated(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer that was given a group twice behind torch's back."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups.append(dict(optimizer.param_groups[0]))
+    return optimizer
+
+
+def split_optimizer(*sizes: int) -> torch.optim.Optimizer:
+    parameters = iter(adapted().parameters())
+    optimizer = torch.optim.SGD([{"params": [next(parameters) for _ in range(size)]} for size in sizes], lr=0.1)
+    split(adapted(), optimizer)
+    return optimizer
+
+
+def removed() -> Any:
+    model = adapted()
+    site = sites(model)[0]
+    remove(model)
+    return site
+
+
+def damaged() -> Path:
+    weights = saved() / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    return weights.parent
+
+
+def without_config() -> Path:
+    (by_peft() / CONFIG).unlink()
+    return Path("best.adapter")
+
+
+def merge_square() -> None:
+    """Merge into a square weight, where PEFT's config says what the other layer contradicts."""
+    model = net(first=nn.Linear(4, 4))
+    merge(by_peft(model=copy.deepcopy(model), fan_in_fan_out=True), base(model), Path("merged.pt"))
+
+
+def two_networks() -> nn.Module:
+    return nn.ModuleDict({name: Pretrained(nn.Linear(4, 8), nn.Linear(8, 3)) for name in ("one", "two")})
+
+
+def merge_tied() -> None:
+    """Merge into one of two tied layers."""
+    model = tied(nn.Linear(4, 8), nn.Linear(4, 8))
+    merge(saved(copy.deepcopy(model), target_modules=["first"]), base(model), Path("merged.pt"))
+
+
+def twice() -> str:
+    for name in ("one", "two"):
+        shutil.copytree(saved(), f"both/{name}")
+    return "both"
+
+
+def full_checkpoint() -> str:
+    run = trainer()
+    run.fit(Lit(), loader(1))
+    run.save_checkpoint("full.ckpt")
+    return "full.ckpt"
+
+
+def changed_checkpoint(**fields: Any) -> str:
+    content = torch.load(checkpoint())
+    content["lightning_lora"] |= fields
+    torch.save(content, "best.ckpt")
+    return "best.ckpt"
+
+
+def clip_weights() -> None:
+    model = adapted()
+    audit = Audit(model)
+    model(torch.ones(1, 4)).sum().backward()
+    model.first.weight.data.mul_(2)
+    audit.check()
+
+
+def strategy(name: str, launcher: str = "") -> object:
+    """A strategy as `check_strategy` sees it: by the names of its class and of its launcher's."""
+    return type(name, (), {"launcher": type(launcher, (), {})()})()
