@@ -408,8 +408,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "target_parameters=['first.weight', 'first.bias']": (
             lambda: load_adapter(net(), by_peft(target_parameters=["first.weight", "first.bias"]))
         ),
-        "best.adapter: first: a PEFT before 0.20.0 stored stacks of matrices in another way, and peft_version=None: merge "
-        "it with the PEFT that wrote it": (
+        "best.adapter: first: a PEFT before 0.20.0 stored stacks of matrices in another way, and peft_version=None: "
+        "merge it with the PEFT that wrote it": (
             lambda: load_adapter(net(), by_peft(target_parameters=["first.weight", "second.weight"], r=1))
         ),
         "best.adapter: first: alpha_pattern key 'fi.*' is a regular expression, and none from a file is run: "
