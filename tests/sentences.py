@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -37,6 +38,7 @@ class Scope(NamedTuple):
     function: ast.AST
 
 
+@functools.cache
 def sentences() -> list[Sentence]:
     """Every text that a ``raise`` or a call in ``SAID_BY`` of the package gives, once for each of its forms."""
     modules = {room: ast.parse(path.read_text()) for room, path in ROOMS.items()}

@@ -310,7 +310,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a rank beyond all bounds": (
         lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 10**30, "alpha": 1.0}}}),
-        "body.0.weight: r=1000000000000000000000000000000: ",
+        "body.0.weight: r=1000000000000000000000000000000 is beyond all bounds",
     ),
     "an alpha beyond all bounds": (
         lambda f: rewrite(f, lambda t: None, {"sites": {"body.0.weight": {"r": 2, "alpha": 10**400}}}),

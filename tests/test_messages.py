@@ -408,9 +408,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "target_parameters=['first.weight', 'first.bias']": (
             lambda: load_adapter(net(), by_peft(target_parameters=["first.weight", "first.bias"]))
         ),
-        "best.adapter: first: a PEFT before 0.20.0 stored stacks of matrices in another way, and peft_version='0.18.0': "
+        "best.adapter: first: a PEFT before 0.20.0 stored stacks of matrices in another way, and peft_version=None: "
         "merge it with the PEFT that wrote it": (
-            lambda: load_adapter(net(), by_peft(target_parameters=["first.weight"], r=5, peft_version="0.18.0"))
+            lambda: load_adapter(net(), by_peft(target_parameters=["first.weight", "second.weight"], r=1))
         ),
         "best.adapter: first: alpha_pattern key 'fi.*' is a regular expression, and none from a file is run: "
         "write module names there": lambda: load_adapter(net(), by_peft(alpha_pattern={"fi.*": 7})),
