@@ -1,10 +1,10 @@
-"""`Adapter`: a low-rank change to one (out, in) matrix, ``W' = W + scaling * up @ down``, or to a stack of them."""
+"""`Adapter`: a change to one (out, in) matrix, ``W' = gain * (W + scaling * up @ down)``, or to a stack of them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,15 @@ class Adapter(nn.Module):
         scaling: The factor on ``up @ down``.
         dropout: Probability with which an element of the adapter's input is zeroed in training mode.
         roles: What each parameter is, by name; the optimizer groups, and nothing else, look at it.
+        low_rank: Whether ``factors`` and ``gain`` say all; if not, the class writes ``adapted``.
+        needs_weight: Whether the change depends on the base's weight: there is a ``gain``, or it is not low-rank.
+        waits_for_weight: Whether ``start_from`` is still to be called, once the base has its values.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    low_rank: ClassVar[bool] = True
+    needs_weight: bool = False
+    waits_for_weight: bool = False
     method: Method
     scaling: float = 1.0
     dropout: float = 0.0
@@ -44,8 +50,23 @@ class Adapter(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return ``up`` (out, r) and ``down`` (r, in); those of a stack have one more dimension in front."""
 
+    def start_from(self, weight: Tensor) -> None:
+        """Set the parameters that start from the base's values; what is loaded from a file does without.
+
+        Args:
+            weight: The base matrix (out, in), or the stack (n, out, in).
+        """
+
+    def gain(self, weight: Tensor) -> Tensor | None:
+        """Return the factor on each output unit, (out, 1), or (1, in) where rows are looked up; None is 1.
+
+        Args:
+            weight: As for ``start_from``.
+        """
+        return None
+
     def delta(self) -> Tensor:
-        """Return the dense change (out, in), ``scaling * up @ down``."""
+        """Return the dense low-rank term (out, in), ``scaling * up @ down``."""
         up, down = self.factors()
         return self.scaling * (up @ down)
 
@@ -53,13 +74,36 @@ class Adapter(nn.Module):
         """Return the adapted matrix in the dtype of ``weight``, rounded once.
 
         Args:
-            weight: The base matrix (out, in), or the stack (n, out, in).
+            weight: As for ``start_from``.
         """
-        return (weight + self.delta()).to(weight.dtype)
+        changed, gain = weight + self.delta(), self.gain(weight)
+        return (changed if gain is None else gain * changed).to(weight.dtype)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """Return ``adapted(weight) - weight`` without the rounding of a weight in half precision.
+
+        Args:
+            weight: As for ``start_from``.
+        """
+        if not self.needs_weight:
+            return self.delta()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return self.adapted(weight) - weight
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Call ``start_from`` if it was not called before and nothing was loaded; on the meta device it still waits.
+
+        Args:
+            weight: As for ``start_from``.
+        """
+        if self.waits_for_weight and not weight.is_meta:
+            self.start_from(weight)
+            self.waits_for_weight = False
 
     def dropped(self, x: Tensor) -> Tensor:
-        """Return ``x`` after the adapter's dropout."""
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        """Return ``x`` after the adapter's dropout; an index passes."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
 
     def forward(self, compute: Callable[..., T], *args: object) -> T:
         """Run ``compute(self, *args)`` as this module's forward.
@@ -68,6 +112,11 @@ class Adapter(nn.Module):
         surround every use of them.
         """
         return compute(self, *args)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(name.startswith(prefix) for name in state_dict):
+            self.waits_for_weight = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """Let moves between devices pass but never lose precision: fp32 adapters stay fp32 over a bf16 base."""

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_lora.description import describe, fingerprint
 from lightning_lora.files import SECTION, AdapterError, some, write_file, write_folder
-from lightning_lora.loading import adopt, check_same
+from lightning_lora.loading import adopt, check_same, restructure
 from lightning_lora.merge import check_not_merged, merge_
 from lightning_lora.saving import folder_contents
 from lightning_lora.sites import clean, named_submodules, sites
@@ -112,6 +112,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
                 f"{path} was not written with LoRACallback, so it holds no adapters: load its weights where the module "
                 "builds its base, and start without ckpt_path"
             )
+        restructure(self.module, section, path)
         check_same(self.module, section, path, allow_base_mismatch=self.allow_base_mismatch)
         checkpoint["state_dict"] = own_state(self.module, checkpoint["state_dict"], path)
         return checkpoint

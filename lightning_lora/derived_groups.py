@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapter import Adapter, Role
+from lightning_lora.method import Method
 
 PARENT = "lora_parent"
 ROLE = "lora_role"
@@ -47,10 +48,22 @@ def group_name(role: str) -> str:
     return f"lora_{role}" if role in ("A", "B") else role
 
 
-def check_ratio(lr_ratio: float) -> None:
-    """Raise ``ValueError`` unless the ratio is a finite number above 0."""
+def check_ratio(lr_ratio: float, methods: Iterable[Method] = ()) -> None:
+    """Check a ratio of the learning rates of B and A.
+
+    Args:
+        lr_ratio: The ratio.
+        methods: What it is to work on.
+
+    Raises:
+        ValueError: If it is no finite number above 0, or a method has no use for it.
+    """
     if not (isinstance(lr_ratio, int | float) and 0 < lr_ratio < float("inf")):
         raise ValueError(f"lr_ratio={lr_ratio!r}: must be a finite number above 0; 1 is plain LoRA, LoRA+ suggests 16")
+    for method in methods if lr_ratio != 1 else ():
+        reason = method.why_no_ratio()
+        if reason is not None:
+            raise ValueError(f"lr_ratio={lr_ratio:g}: {reason}")
 
 
 def split(

@@ -168,7 +168,7 @@ def _fitting(file: AdapterFile, name: str, owners: list[Stored], layout: Layout,
 
 def _shapes(file: AdapterFile, name: str, layout: Layout, size: tuple[int, ...]) -> dict[str, torch.Size]:
     """Return the shape in the file of each factor that an adapter on a weight of this size has."""
-    meta, dtype, looked_up = torch.device("meta"), torch.float32, layout.looked_up
-    blank = file.methods[name].build(layout.shape(size), seed=0, device=meta, dtype=dtype, looked_up=looked_up)
+    meta, dtype = torch.device("meta"), torch.float32
+    blank = file.methods[name].build(layout.shape(size), seed=0, device=meta, dtype=dtype, layout=layout)
     form = file.stored[name].form
     return {factor: form.stored(factor, tensor, size).shape for factor, tensor in blank.state_dict().items()}

@@ -17,7 +17,7 @@ from lightning_lora.layers.linear import AdaptedLinear
 from lightning_lora.layers.seam import Called, replaced_forward, unswap
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
-from lightning_lora.quantized import allow_inference_kernels, format_of, keep_differentiable
+from lightning_lora.quantized import allow_inference_kernels, dense_weight, format_of, keep_differentiable
 from lightning_lora.sites import Site, Slot, clean, sites, slots_of
 from lightning_lora.state import mark_trained_in_full, marked, unmark
 from lightning_lora.targets import Parts, choose_values, find_modules_to_save, find_targets
@@ -79,6 +79,9 @@ def inject(
         for one in targets
     }
     insert(model, [(one, methods[one.site.name]) for one in targets], task, seed=seed, dtype=dtype)
+    for site in sites(model, task):
+        if site.adapter(task).waits_for_weight:
+            site.adapter(task).start(site.slot.layout.matrix(dense_weight(site.module, site.parameter)))
     for module, name in saved:
         _train_in_full(module, name)
     if bias != "none":
@@ -130,9 +133,11 @@ def insert(
             seed=_seed_of(seed, one.site.name),
             device=weight.device,
             dtype=dtype or _adapter_dtype(weight),
-            looked_up=one.layout.looked_up,
+            layout=one.layout,
         )
         slot.train(one.site.module.training)
+    if new:
+        new[0][1].attach({site.name: site.adapter(task) for site in sites(model, task)})
     swap_readers(model)
     for site in sites(model):
         site.slot.active = (task,)

@@ -22,7 +22,7 @@ class Layout:
     transposed linear (in, out)     transposed                   (out, in)
     embedding (vocabulary, dim)     looked_up                    (vocabulary, dim)
     convolution (out, in/g, \*k)     groups=g                     (g, out/g, in/g * k)
-    transposed one (in, out/g, \*k)  groups=g, transposed         (g, out/g * k, in/g)
+    transposed one (in, out/g, \*k)  groups=g, transposed, kernel (g, out/g * k, in/g)
     experts (n, out, in)            stacked                      (n, out, in)
     =============================== ============================ =======================
 
@@ -33,6 +33,7 @@ class Layout:
         transposed: Whether the weight has a matrix's input dimension first.
         stacked: Whether the first dimension counts matrices.
         looked_up: Whether rows are picked by index rather than multiplied with an input.
+        kernel: Number of rows that lead to one output channel, one for each place of a transposed convolution's kernel.
         rows: First and one past the last row of the part that is changed, where it is not the whole matrix.
     """
 
@@ -40,6 +41,7 @@ class Layout:
     transposed: bool = False
     stacked: bool = False
     looked_up: bool = False
+    kernel: int = 1
     rows: tuple[int, int] | None = None
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -72,6 +74,14 @@ class Layout:
             matrix = torch.cat([whole[: self.rows[0]], matrix, whole[self.rows[1] :]])
         return (matrix.mT if self.transposed else matrix).reshape(weight.shape)
 
+    def per_unit(self, gain: Tensor) -> Tensor:
+        """Return a factor on each of the layer's output units, in their order, from one that fits the matrix.
+
+        Args:
+            gain: (out, 1), or (1, in) where rows are looked up, with a stack's dimension in front.
+        """
+        return gain.reshape(-1) if self.looked_up else gain[..., :: self.kernel, 0].reshape(-1)
+
     def described(self) -> dict[str, Any]:
         """Return the fields that differ from a linear layer's, as plain types for a file."""
         values = dataclasses.asdict(self)
@@ -89,7 +99,7 @@ class Layout:
             if name == "rows":
                 right = isinstance(value, list | tuple) and len(value) == 2 and all(map(whole_number, value))
                 right = right and 0 <= value[0] < value[1]
-            elif name == "groups":
+            elif name in ("groups", "kernel"):
                 right = whole_number(value) and value >= 1
             else:
                 right = name in known and isinstance(value, bool)

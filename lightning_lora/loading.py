@@ -14,7 +14,7 @@ from lightning_lora.candidates import Candidate, candidates
 from lightning_lora.description import check_description, fingerprint, layouts_of, methods_of, tied_of
 from lightning_lora.files import AdapterError, read_tensors, some
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
-from lightning_lora.inject import check_task_name, insert
+from lightning_lora.inject import check_task_name, insert, remove
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
@@ -134,6 +134,23 @@ def adopt(
             )
         mark_trained_in_full(modules[module], [entry])
     return sites(model, described["task"])
+
+
+def restructure(model: nn.Module, described: Mapping[str, Any], path: object) -> None:
+    """Give adapters the structure that training had given those of a checkpoint, where the method changes it.
+
+    Args:
+        model: The adapted model; with adapters of another method it stays as it is.
+        described: The checkpoint's own section.
+        path: For messages.
+    """
+    check_description(described, path)
+    task = described["task"]
+    present = [site.adapter(task).method for site in sites(model, task)][:1]
+    theirs = list(methods_of(described, path).values())
+    if present and present[0].restructures and present[0] == theirs[0].at(present[0].r, present[0].alpha):
+        remove(model, task)
+        adopt(model, described, path, allow_base_mismatch=True)
 
 
 def check_same(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.layout import Layout
+from lightning_lora.schedule import Schedule
+
+if TYPE_CHECKING:
+    from lightning_lora.sites import Site
 
 M = TypeVar("M", bound="Method")
 
@@ -20,10 +25,18 @@ class Method(ABC):
 
     r: int
     alpha: float
+    needs_total_steps: ClassVar[bool] = False
+    restructures: ClassVar[bool] = False  # whether training changes ranks, or which matrices have adapters of their own
 
     @abstractmethod
     def build(
-        self, shape: tuple[int, ...], *, seed: int, device: torch.device, dtype: torch.dtype, looked_up: bool = False
+        self,
+        shape: tuple[int, ...],
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: Layout | None = None,
     ) -> Adapter:
         """Create the adapter of one matrix, or of a stack of matrices.
 
@@ -32,8 +45,33 @@ class Method(ABC):
             seed: Seed of this adapter's own random numbers, drawn on the CPU so that every device gets the same.
             device: Where the parameters live.
             dtype: Their floating-point type.
-            looked_up: Whether rows of the matrix are picked by index, as an embedding's are.
+            layout: How the matrix lies in its weight, and so what an output unit of it is; None is a linear layer's.
         """
+
+    def attach(self, adapters: Mapping[str, Adapter]) -> None:
+        """Tie together what adapters share, after one or more were made.
+
+        Args:
+            adapters: All of one task, by the names of their sites.
+
+        Raises:
+            ValueError: If the new ones do not fit those that were there.
+        """
+        return
+
+    def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:
+        """Return what the method does around the steps of an optimizer in one run.
+
+        Args:
+            sites: The adapted matrices.
+            task: The adapters' name.
+            total_steps: Number of optimizer steps of the run; needed where ``needs_total_steps`` says so.
+        """
+        return []
+
+    def why_no_ratio(self) -> str | None:
+        """Return why LoRA+'s learning-rate ratio between B and A means nothing here, or None if it does."""
+        return None
 
     def at(self: M, r: int, alpha: float) -> M:
         """Return the same method with another rank and alpha, for one site."""
@@ -53,8 +91,9 @@ class Method(ABC):
         return None
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Return the fields as plain types, ready for a file."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        """Return the fields that can be chosen as plain types, ready for a file."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {field.name: values[field.name] for field in dataclasses.fields(self) if field.init}  # type: ignore[arg-type]
 
 
 def known_methods() -> dict[str, type[Method]]:

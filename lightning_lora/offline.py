@@ -211,7 +211,8 @@ def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -
             shape = layout.shape(size)
         else:
             shape = (*file.factor(name, "lora_B").shape[:-1], file.factor(name, "lora_A").shape[-1])
-        adapter = file.methods[name].build(shape, seed=0, device=torch.device("meta"), dtype=dtype)
+        meta = torch.device("meta")
+        adapter = file.methods[name].build(shape, seed=0, device=meta, dtype=dtype, layout=layout or Layout())
         values = {factor: file.factor(name, factor).to(dtype) for factor in adapter.state_dict()}
         adapter.load_state_dict(values, assign=True)
     except AdapterError:

@@ -39,9 +39,9 @@ def param_groups(
         role_weight_decay: Weight decay by role, such as ``{"B": 0.0}``.
 
     Raises:
-        ValueError: If nothing is trainable.
+        ValueError: If nothing is trainable, or the ratio does not go with the method.
     """
-    check_ratio(lr_ratio)
+    check_ratio(lr_ratio, {adapter.method for site in sites(model) for adapter in site.slot.values()})  # type: ignore[misc]
     role_of = roles(model)
     members: dict[str, list[Tensor]] = {}
     for parameter in model.parameters():
@@ -59,6 +59,27 @@ def param_groups(
         }
         for role, parameters in members.items()
     ]
+
+
+def the_optimizer(model: nn.Module, optimizers: list[Optimizer], method: str) -> Optimizer:
+    """Return the optimizer that trains the adapters, for a method that counts its steps.
+
+    Args:
+        model: The adapted model.
+        optimizers: All there are.
+        method: The method's name, for the message.
+
+    Raises:
+        ValueError: If it is not exactly one.
+    """
+    adapters = roles(model)
+    found = [o for o in optimizers if any(p in adapters for group in o.param_groups for p in group["params"])]
+    if len(found) != 1:
+        raise ValueError(
+            f"{method} counts the steps of the optimizer that trains its adapters, and {len(found)} optimizers do: "
+            "give all of them to one in configure_optimizers, or adapt by target_modules what one of them trains"
+        )
+    return found[0]
 
 
 def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:

@@ -283,7 +283,7 @@ def set_adapted_weights(plain: nn.Module, model: nn.Module, *tasks: str) -> None
         layout, name = site.slot.layout, site.name.partition("[")[0]
         weight = plain.get_parameter(name)
         for task in tasks or ("default",):
-            weight.copy_(layout.put(weight, layout.matrix(weight) + site.adapter(task).delta()))
+            weight.copy_(layout.put(weight, site.adapter(task).adapted(layout.matrix(weight))))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ from lightning_lora.callbacks.guards import (
     check_connected,
     check_frozen,
     check_present,
+    check_scaled,
     check_strategy,
     check_unwrapped,
 )
@@ -97,7 +99,7 @@ from lightning_lora.files import parse_json, read_tensors, write_folder
 from lightning_lora.layout import Layout
 from lightning_lora.merge import _Loss, _warn_of
 from lightning_lora.offline import export, inspect, merge
-from lightning_lora.optim import place
+from lightning_lora.optim import place, the_optimizer
 from lightning_lora.quantized import check_requantizable, keep_differentiable
 
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
@@ -315,6 +317,14 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("optim", ValueError): {
+        "AdaLoRA counts the steps of the optimizer that trains its adapters, and 2 optimizers do: give all of them to "
+        "one in configure_optimizers, or adapt by target_modules what one of them trains": (
+            lambda: the_optimizer(
+                model := adapted(),
+                [torch.optim.SGD(layer.parameters()) for layer in (model.first, model.second)],
+                "AdaLoRA",
+            )
+        ),
         "no parameter requires a gradient: call inject(model, ...) before param_groups(model, ...)": (
             lambda: param_groups(net().requires_grad_(False), lr=0.1)
         ),
@@ -449,8 +459,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: load_adapter(nn.ModuleDict({"student": net(), "teacher": net()}), saved())
         ),
         "best.adapter: first.weight was trained as Layout(groups=1, transposed=False, stacked=False, "
-        "looked_up=False, rows=None), but the model's is Layout(groups=1, transposed=True, stacked=False, "
-        "looked_up=False, rows=None): another kind of layer": (
+        "looked_up=False, kernel=1, rows=None), but the model's is Layout(groups=1, transposed=True, stacked=False, "
+        "looked_up=False, kernel=1, rows=None): another kind of layer": (
             lambda: load_adapter(net(first=nn.ConvTranspose1d(8, 4, 1)), saved())
         ),
         "best.adapter: first.weight would be empty in this model, whose matrix has 8 rows: it was trained on "
@@ -670,6 +680,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("callbacks/guards", ValueError): {
+        "AdamW with fused=True under precision='16-mixed' sees scaled gradients, and AdaLoRA has to look at true ones: "
+        "leave out fused=True, or use precision='bf16-mixed'": lambda: check_scaled(
+            SimpleNamespace(precision="16-mixed", precision_plugin=SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))),
+            torch.optim.AdamW(net().parameters(), fused=True),
+            "AdaLoRA",
+        ),
         "first is a DistributedDataParallel before its adapters came, so every process would train adapters of "
         "its own: wrap nothing in configure_model and use strategy='ddp'": (
             lambda: check_unwrapped(net(first=type("DistributedDataParallel", (nn.Linear,), {})(4, 8)))

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_lora.gradient_stops import gradient_stops
 from lightning_lora.layers.attention import AdaptedMultiheadAttention
@@ -107,6 +109,25 @@ def plain_linear() -> Iterator[None]:
         yield
     finally:
         nn.Linear = replaced  # type: ignore[misc]
+
+
+def check_scaled(trainer: Trainer, optimizer: Optimizer, method: str) -> None:
+    """Check that gradients are true ones before a step, for methods that look at them.
+
+    Args:
+        trainer: The Trainer.
+        optimizer: The one that trains the adapters.
+        method: The method's name, for the message.
+
+    Raises:
+        ValueError: If they are still multiplied by a GradScaler's scale then, because the optimizer divides itself.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"{type(optimizer).__name__} with fused=True under precision={trainer.precision!r} sees scaled gradients, "
+            f"and {method} has to look at true ones: leave out fused=True, or use precision='bf16-mixed'"
+        )
 
 
 def check_present(model: nn.Module, found: list[Site]) -> None:

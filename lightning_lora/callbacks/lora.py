@@ -26,6 +26,7 @@ from lightning_lora.callbacks.conflicts import check_conflicts
 from lightning_lora.callbacks.guards import (
     check_connected,
     check_present,
+    check_scaled,
     check_strategy,
     check_unwrapped,
     frozen_norms,
@@ -34,14 +35,15 @@ from lightning_lora.callbacks.guards import (
     tied_to_frozen,
     without_dropout,
 )
-from lightning_lora.checkpoints import AdapterCheckpointIO, tolerate_missing_base
+from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import check_ratio, link, split
 from lightning_lora.inject import Bias, inject
 from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
-from lightning_lora.optim import place
+from lightning_lora.optim import place, the_optimizer
 from lightning_lora.report import table, totals
+from lightning_lora.schedule import Schedule
 from lightning_lora.sites import Site, hidden, sites
 
 _ABSENT = object()
@@ -88,9 +90,9 @@ class LoRACallback(Callback):
         audit: bool = True,
         allow_base_mismatch: bool = False,
     ) -> None:
-        check_ratio(lr_ratio)
         if not isinstance(method, Method):
             raise ValueError(f"method={method!r}: give a method, for example LoRACallback(LoRA(r=8))")
+        check_ratio(lr_ratio, [method])
         self.method = method
         self.target_modules = target_modules
         self.exclude_modules = exclude_modules or []
@@ -109,6 +111,9 @@ class LoRACallback(Callback):
         self._found: list[Site] = []
         self._adapted_before = False
         self._pending: set[str] = set()
+        self._schedules: list[Schedule] = []
+        self._schedule_states: list[dict[str, Any]] = []
+        self._scheduled: Optimizer | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -120,7 +125,9 @@ class LoRACallback(Callback):
         if stage == "fit":
             check_conflicts(trainer)
             check_order(trainer, self)
-            self._wrap(pl_module, "configure_optimizers", lambda build: self._configure_optimizers(pl_module, build))
+            self._wrap(
+                pl_module, "configure_optimizers", lambda build: self._configure_optimizers(trainer, pl_module, build)
+            )
         tolerant = pl_module.register_load_state_dict_post_hook(tolerate_missing_base)  # type: ignore[no-untyped-call]
         self._undo.append(tolerant.remove)
         present: Any = trainer.strategy.checkpoint_io
@@ -174,7 +181,7 @@ class LoRACallback(Callback):
             check_norms(trainer, pl_module)
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
 
-    def _configure_optimizers(self, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
+    def _configure_optimizers(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
         try:
             returned = build()
         except (AssertionError, KeyError):  # it counts or looks up parameters by names and classes that it knows
@@ -200,7 +207,34 @@ class LoRACallback(Callback):
             split(pl_module, optimizer, self.lr_ratio, self.weight_decay)
         for scheduler in schedulers:
             link(scheduler, optimizers)
+        self._start_schedules(trainer, pl_module, optimizers)
         return returned
+
+    def _start_schedules(self, trainer: Trainer, pl_module: LightningModule, optimizers: list[Optimizer]) -> None:
+        """Have the method's schedules called around the steps of the optimizer that trains the adapters."""
+        found = sites(pl_module, TASK)
+        total = int(trainer.estimated_stepping_batches) if self.method.needs_total_steps else None
+        self._schedules = self.method.schedules(found, TASK, total)
+        if not self._schedules:
+            return
+        self._scheduled = the_optimizer(pl_module, optimizers, type(self.method).__name__)
+        check_scaled(trainer, self._scheduled, type(self.method).__name__)
+        for schedule, state in zip(self._schedules, self._schedule_states, strict=False):
+            schedule.load_state_dict(state)
+        self._schedule_states = []
+        hook = self._scheduled.register_step_post_hook(lambda optimizer, *_: self._after_step(optimizer))
+        self._undo.append(hook.remove)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        for schedule in self._schedules:
+            schedule.after_step(optimizer)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Let schedules see the gradients: whole, unscaled and not clipped yet, in every kind of precision."""
+        if optimizer is self._scheduled:
+            for schedule in self._schedules:
+                schedule.before_step(optimizer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -266,7 +300,16 @@ class LoRACallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Say what was trained; a stateful callback is also one that Lightning refuses to have twice."""
-        return {"method": type(self.method).__name__, "hyperparameters": self.method.hyperparameters()}
+        return {
+            "method": type(self.method).__name__,
+            "hyperparameters": self.method.hyperparameters(),
+            "schedules": [schedule.state_dict() for schedule in self._schedules],
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of schedules until this run's optimizers, which they work on, are there."""
+        self._schedule_states = state_dict.get("schedules", [])
 
     def _wrap(self, module: nn.Module, name: str, run: Callable[[Callable[[], Any]], Any]) -> None:
         """Replace a method on this one object until it has run once, or until the run ends."""
@@ -297,6 +340,7 @@ class LoRACallback(Callback):
             self._audit.stop()
             self._audit = None
         self._found = []
+        self._scheduled = None
 
 
 def _collect(returned: Any) -> tuple[list[Optimizer], list[Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.adapter import Adapter
 from lightning_lora.layers.seam import Called, plain_class
 from lightning_lora.layout import Layout
 
@@ -38,13 +38,21 @@ class AdaptedConvolution(Called):
         return super().computes_as_plain(module) and any(inner is plain._conv_forward for plain in cls.adapts)
 
     @staticmethod
-    def step(adapter: Adapter, layer: Any, output: Tensor, input: Tensor) -> Tensor:
+    def step(layer: Any, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
         """Return the output plus the convolution with A and the 1x1 convolution with B."""
-        up, down = adapter.factors()
-        x = adapter.dropped(input)
         z = layer._conv_forward(x, down.reshape(-1, *layer.weight.shape[1:]).to(x.dtype), None)
         change = _pointwise(z, up.reshape(-1, up.shape[-1]), layer)
-        return torch.add(output, change.to(output.dtype), alpha=adapter.scaling)
+        return torch.add(output, change.to(output.dtype), alpha=scaling)
+
+    @staticmethod
+    def product(layer: Any, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        """Return the convolution with another kernel, in the layer's own geometry."""
+        return layer._conv_forward(x, weight.to(x.dtype), None)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def along_units(layer: Any, values: Tensor) -> Tensor:
+        """Return the values with a dimension for each of the kernel's behind the channels."""
+        return values.reshape(-1, *[1] * len(layer.kernel_size))
 
 
 class AdaptedConvTranspose(Called):
@@ -60,26 +68,33 @@ class AdaptedConvTranspose(Called):
     @staticmethod
     def layout(module: nn.Module, parameter: str) -> Layout:
         """Return that of an (in, out / groups, *kernel) weight."""
-        return Layout(groups=module.groups, transposed=True)  # type: ignore[arg-type]
+        return Layout(groups=module.groups, transposed=True, kernel=math.prod(module.kernel_size))  # type: ignore[arg-type]
 
     @staticmethod
-    def step(adapter: Adapter, layer: Any, output: Tensor, input: Tensor) -> Tensor:
+    def step(layer: Any, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
         """Return the output plus the 1x1 convolution with A and the transposed convolution with B."""
-        up, down = adapter.factors()
-        x = adapter.dropped(input)
         z = _pointwise(x, down.reshape(-1, down.shape[-1]), layer)
-        kernel = up.mT.reshape(-1, *layer.weight.shape[1:]).to(z.dtype)
-        dims = kernel.dim() - 2
-        sizes = zip(output.shape[-dims:], z.shape[-dims:], strict=True)
+        change = AdaptedConvTranspose.product(layer, z, up.mT.reshape(-1, *layer.weight.shape[1:]), output.shape)
+        return torch.add(output, change.to(output.dtype), alpha=scaling)
+
+    @staticmethod
+    def product(layer: Any, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        """Return the transposed convolution with another kernel, to the size that this call's ``output_size`` gave."""
+        dims = len(layer.kernel_size)
+        sizes = zip(size[-dims:], x.shape[-dims:], strict=True)
         geometry = list(zip(layer.stride, layer.padding, layer.dilation, layer.kernel_size, strict=True))
-        missing = [  # depends on the call's output_size
-            out - ((size - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + 1)
-            for (out, size), (stride, padding, dilation, kernel_size) in zip(sizes, geometry, strict=True)
+        missing = [
+            out - ((into - 1) * stride - 2 * padding + dilation * (kernel_size - 1) + 1)
+            for (out, into), (stride, padding, dilation, kernel_size) in zip(sizes, geometry, strict=True)
         ]
-        change = _CONV_TRANSPOSE[dims - 1](
-            z, kernel, None, layer.stride, layer.padding, missing, layer.groups, layer.dilation
+        return _CONV_TRANSPOSE[dims - 1](  # type: ignore[no-any-return]
+            x, weight.to(x.dtype), None, layer.stride, layer.padding, missing, layer.groups, layer.dilation
         )
-        return torch.add(output, change.to(output.dtype), alpha=adapter.scaling)
+
+    @staticmethod
+    def along_units(layer: Any, values: Tensor) -> Tensor:
+        """Return the values with a dimension for each of the kernel's behind the channels."""
+        return AdaptedConvolution.along_units(layer, values)
 
 
 def _pointwise(x: Tensor, matrix: Tensor, layer: Any) -> Tensor:

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.adapter import Adapter
 from lightning_lora.layers.seam import Called
 from lightning_lora.layout import Layout
-from lightning_lora.sites import slots_of
 
 
 class AdaptedEmbedding(Called):
@@ -30,15 +28,18 @@ class AdaptedEmbedding(Called):
         return Layout(looked_up=True)
 
     @staticmethod
-    def step(adapter: Adapter, layer: nn.Module, output: Tensor, input: Tensor) -> Tensor:
+    def step(layer: nn.Module, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
         """Return the output plus the adapter's rows.
 
         Gradients of the factors are dense even where the layer's own would be sparse, so that any optimizer takes them.
         """
-        up, down = adapter.factors()
-        z = F.embedding(input, up, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)  # type: ignore[arg-type]
-        z = z.to(output.dtype)
-        return torch.add(output, (z @ down.to(z.dtype)).to(output.dtype), alpha=adapter.scaling)
+        z = AdaptedEmbedding.product(layer, x, up, output.shape).to(output.dtype)
+        return torch.add(output, (z @ down.to(z.dtype)).to(output.dtype), alpha=scaling)
+
+    @staticmethod
+    def product(layer: nn.Module, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        """Return rows of a weight, with a dense gradient."""
+        return F.embedding(x, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)  # type: ignore[arg-type]
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """Look up, and limit the norm of the adapted rows where the layer limits that of its own.
@@ -48,10 +49,7 @@ class AdaptedEmbedding(Called):
         if self.max_norm is None:
             return super().forward(input)
         output = F.embedding(input, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
-        for slot in slots_of(self).values():
-            for adapter in slot.in_use():
-                output = adapter(type(self).step, self, output, input)
-        return _limited(output, self.max_norm, self.norm_type)
+        return _limited(self.changed(output, input), self.max_norm, self.norm_type)
 
 
 def _limited(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.adapter import Adapter
 from lightning_lora.functional import low_rank_step
 from lightning_lora.layers.seam import Called, plain_class
 from lightning_lora.layout import Layout
@@ -56,10 +55,14 @@ class AdaptedLinear(Called):
             module.training = mode
 
     @staticmethod
-    def step(adapter: Adapter, layer: nn.Module, output: Tensor, input: Tensor) -> Tensor:
+    def step(layer: nn.Module, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
         """Return the output plus the low-rank step."""
-        up, down = adapter.factors()
-        return low_rank_step(output, adapter.dropped(input), up, down, adapter.scaling)
+        return low_rank_step(output, x, up, down, scaling)
+
+    @staticmethod
+    def product(layer: nn.Module, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        """Return the product with an (out, in) weight."""
+        return F.linear(x, weight.to(x.dtype))
 
 
 class AdaptedConv1D(AdaptedLinear):
@@ -81,6 +84,11 @@ class AdaptedConv1D(AdaptedLinear):
     def layout(module: nn.Module, parameter: str) -> Layout:
         """Return the layout of an (in, out) weight."""
         return Layout(transposed=True)
+
+    @staticmethod
+    def product(layer: nn.Module, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        """Return the product with an (in, out) weight."""
+        return x @ weight.to(x.dtype)
 
     @staticmethod
     def size(module: nn.Module, parameter: str) -> tuple[int, ...]:

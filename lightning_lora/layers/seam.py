@@ -73,32 +73,111 @@ class Called(AdaptedLayer):
         return any(forward is plain.forward for plain in cls.adapts)
 
     @staticmethod
-    def step(adapter: Adapter, layer: nn.Module, output: Tensor, input: Tensor) -> Tensor:
-        """Return the output plus what the adapter adds to it.
+    def step(layer: nn.Module, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
+        """Return the output plus what a low-rank change to the weight adds to it.
 
         Args:
-            adapter: The adapter.
-            layer: The layer that it sits on.
-            output: What the layer gave, or those of its units that the adapter changes.
-            input: What it was given.
+            layer: The layer.
+            output: What it gave, or those of its units that are changed.
+            x: What it was given, after the adapter's dropout.
+            up: The factor (out, r), or a stack of them.
+            down: The factor (r, in), likewise.
+            scaling: The factor on their product.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def product(layer: nn.Module, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+        """Return what the layer would give with another weight and without a bias.
+
+        Args:
+            layer: The layer.
+            x: The input.
+            weight: In the place of its own, or of some rows of it.
+            size: The size of its output, which a call can choose for transposed convolutions.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def along_units(layer: nn.Module, values: Tensor) -> Tensor:
+        """Return one value for each output unit in a shape that fits the layer's output."""
+        return values
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the plain layer, then add each adapter in use."""
         output: Tensor = super().forward(*args, **kwargs)
-        input = args[0] if args else next(iter(kwargs.values()))
+        return self.changed(output, args[0] if args else next(iter(kwargs.values())))
+
+    def changed(self, output: Tensor, input: Tensor) -> Tensor:
+        """Return an output of the plain layer as all adapters in use change it.
+
+        Args:
+            output: The output.
+            input: What the layer was given.
+        """
         for slot in slots_of(self).values():
-            for adapter in slot.in_use():
-                output = self._changed(slot, adapter, output, input)
+            adapters, rows = slot.in_use(), slot.layout.rows
+            if not adapters:
+                continue
+            if rows is None:
+                output = self._changed_by(slot, adapters, output, input)
+            else:
+                before, part, after = output.tensor_split(rows, -1)
+                output = torch.cat([before, self._changed_by(slot, adapters, part, input), after], -1)
         return output
 
-    def _changed(self, slot: Slot, adapter: Adapter, output: Tensor, input: Tensor) -> Tensor:
-        rows = slot.layout.rows
-        if rows is None:
-            return adapter(type(self).step, self, output, input)  # type: ignore[no-any-return]
-        before, part, after = output.tensor_split(rows, -1)
-        return torch.cat([before, adapter(type(self).step, self, part, input), after], -1)
+    def _changed_by(self, slot: Slot, adapters: list[Adapter], output: Tensor, input: Tensor) -> Tensor:
+        as_laid_out = type(self).layout(self, slot.parameter).looked_up == slot.layout.looked_up
+        if all(adapter.low_rank and not adapter.needs_weight for adapter in adapters):
+            for adapter in adapters:
+                output = adapter(_low_rank, self, slot, output, input)
+        elif len(adapters) == 1 and adapters[0].low_rank and as_laid_out:
+            output = adapters[0](_with_gain, self, slot, output, input)
+        else:  # each changes what those before it made of the weight
+            weight = slot.layout.matrix(dense_weight(self, slot.parameter))
+            for adapter in adapters:
+                output, weight = adapter(_dense, self, slot, output, input, weight)
+        return output
+
+
+def _low_rank(adapter: Adapter, layer: Called, slot: Slot, output: Tensor, input: Tensor) -> Tensor:
+    if adapter.waits_for_weight:
+        adapter.start(slot.layout.matrix(dense_weight(layer, slot.parameter)))
+    return layer.step(layer, output, adapter.dropped(input), *adapter.factors(), adapter.scaling)
+
+
+def _with_gain(adapter: Adapter, layer: Called, slot: Slot, output: Tensor, input: Tensor) -> Tensor:
+    """Return ``y + (gain - 1) * W x + gain * scaling * up @ down @ x``, which is ``y`` itself where the gain is 1."""
+    matrix = slot.layout.matrix(dense_weight(layer, slot.parameter))
+    adapter.start(matrix)
+    x, (up, down), gain = adapter.dropped(input), adapter.factors(), adapter.gain(matrix)
+    if gain is not None:
+        if x is input:
+            bias: Tensor | None = getattr(layer, "bias", None)
+            rows = slice(*slot.layout.rows) if slot.layout.rows is not None else slice(None)
+            product = output if bias is None else output - layer.along_units(layer, bias[rows])
+        else:  # dropout is on the input of the whole change
+            product = layer.product(layer, x, _as_weight(layer, slot, matrix), output.shape)
+        output = output + layer.along_units(layer, slot.layout.per_unit(gain) - 1).to(output.dtype) * product
+        up, down = (up, down * gain) if slot.layout.looked_up else (up * gain, down)
+    return layer.step(layer, output, x, up, down, adapter.scaling)
+
+
+def _dense(
+    adapter: Adapter, layer: Called, slot: Slot, output: Tensor, input: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the output, and the matrix, with a change that is not low-rank in them."""
+    adapter.start(weight)
+    change = _as_weight(layer, slot, adapter.change(weight))
+    output = output + layer.product(layer, adapter.dropped(input), change, output.shape).to(output.dtype)
+    return output, adapter.adapted(weight)
+
+
+def _as_weight(layer: Called, slot: Slot, matrix: Tensor) -> Tensor:
+    """Return a matrix in the shape of the layer's weight, or of the rows of it that a slot is for."""
+    if slot.layout.rows is not None:
+        return matrix.mT if slot.layout.transposed else matrix
+    return slot.layout.put(matrix.new_empty(layer.size(layer, slot.parameter)), matrix)
 
 
 class Reader(AdaptedLayer):
@@ -140,8 +219,13 @@ def adapted_weight(owner: nn.Module, parameter: str) -> Tensor | None:
         return None
     weight = dense_weight(owner, parameter)
     for slot, adapter in in_use:
-        weight = slot.layout.put(weight, adapter(Adapter.adapted, slot.layout.matrix(weight)))
+        weight = slot.layout.put(weight, adapter(_adapted, slot.layout.matrix(weight)))
     return weight
+
+
+def _adapted(adapter: Adapter, matrix: Tensor) -> Tensor:
+    adapter.start(matrix)
+    return adapter.adapted(matrix)
 
 
 _classes: dict[tuple[type[AdaptedLayer], type[nn.Module]], type[nn.Module]] = {}

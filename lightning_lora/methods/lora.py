@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter, Role
+from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 
 _OTHER_COMPUTATIONS = (  # options of PEFT's LoraConfig that make it something else than W + scale * B @ A
@@ -72,10 +73,16 @@ class LoRA(Method):
             raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
 
     def build(
-        self, shape: tuple[int, ...], *, seed: int, device: torch.device, dtype: torch.dtype, looked_up: bool = False
+        self,
+        shape: tuple[int, ...],
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: Layout | None = None,
     ) -> Adapter:
         """Create the adapter of one (out, in) matrix, or of a stack of them."""
-        return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, looked_up=looked_up)
+        return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
 
     def peft_config(self) -> dict[str, Any]:
         """Return PEFT's names for these fields."""
@@ -132,13 +139,13 @@ class LoRAAdapter(Adapter):
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
-        looked_up: bool,
+        layout: Layout,
     ) -> None:
         super().__init__()
         *stack, out_features, in_features = shape
         self.method = method
         self.seed = seed
-        self.looked_up = looked_up
+        self.layout = layout
         self.dropout = method.dropout
         self.scaling = method.alpha / (math.sqrt(method.r) if method.scaling == "rsqrt" else method.r)
         self.lora_A = nn.Parameter(torch.empty(*stack, method.r, in_features, device=device, dtype=dtype))
@@ -156,7 +163,7 @@ class LoRAAdapter(Adapter):
             return
         drawn = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
         generator = torch.Generator().manual_seed(self.seed)
-        if self.looked_up:
+        if self.layout.looked_up:
             drawn.normal_(generator=generator)
         else:
             bound = 1 / math.sqrt(drawn.shape[-1])
