@@ -370,7 +370,7 @@ def test_a_base_that_something_unfroze_stops_the_run_with_its_name(trainer: Any)
 
 
 def test_the_callbacks_own_state_says_what_was_trained() -> None:
-    assert callback().state_dict() == {"method": "LoRA", "hyperparameters": dataclasses.asdict(METHOD)}
+    assert callback().state_dict() == {"method": "LoRA", "hyperparameters": dataclasses.asdict(METHOD), "schedules": []}
 
 
 def test_two_callbacks_are_refused(trainer: Any) -> None:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples/debian_sections"
+sys.path.insert(0, str(DEMO))
 
 
 def rows(split: str) -> list[dict[str, str]]:
@@ -77,6 +79,24 @@ def test_the_script_trains_tests_and_checks_the_adapter(arguments, method, tiny_
     assert ("loaded by PEFT" in run.stdout) == (method == "LoRA")
 
 
-def test_an_unknown_method_is_refused_with_the_choice():
-    run = subprocess.run(["make", "-n", "demo", "METHOD=lara"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "choose lora, lora_plus, rslora, head or full" in run.stdout + run.stderr
+def test_every_ready_callback_of_a_method_can_be_run_and_an_unknown_one_is_refused_with_the_choice():
+    known = yaml.safe_load((DEMO / "methods.yaml").read_text())
+    assert set(known) == {"head", "full"} | {file.stem for file in (ROOT / "callbacks").glob("*.yaml")} - {"ema"}
+    command = [sys.executable, str(DEMO / "demo.py"), "lara"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert all(name in run.stderr for name in known)
+
+
+def test_the_command_of_a_method_is_one_that_a_user_could_type():
+    from demo import arguments
+
+    assert [part.replace(f"{ROOT}/", "") for part in arguments("lora_plus", seed=3)] == [
+        "--config=configs/cpu.yaml",
+        "--config=examples/debian_sections/sections.yaml",
+        "--seed_everything=3",
+        "--trainer.callbacks+=callbacks/lora_plus.yaml",
+        "--trainer.callbacks.modules_to_save=[head]",
+        "--trainer.callbacks.lr_ratio=4",
+        "--model.lr=0.001",
+    ]

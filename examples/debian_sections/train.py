@@ -1,8 +1,10 @@
 """Trains and tests the section classifier and, if LoRA was used, checks the trained adapter."""
 
+import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -21,9 +23,28 @@ class SectionCLI(LightningCLI):
         parser.link_arguments("model.base", "data.base")
 
 
-def uses_lora(trainer: L.Trainer) -> bool:
-    """Says whether the LoRA callback is among the trainer's callbacks."""
-    return any(isinstance(callback, lightning_lora.LoRACallback) for callback in trainer.callbacks)
+class Score(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        checkpoint: The best one, whose weights the model then has.
+        validation_accuracy: Of that checkpoint.
+        test_accuracy: Likewise.
+        trainable: Number of trainable parameters.
+        seconds: Of the fit.
+    """
+
+    checkpoint: Path
+    validation_accuracy: float
+    test_accuracy: float
+    trainable: int
+    seconds: float
+
+
+def method_of(trainer: L.Trainer) -> str | None:
+    """Returns the class name of the method that the callback injects, or None if there is no such callback."""
+    callbacks = (one for one in trainer.callbacks if isinstance(one, lightning_lora.LoRACallback))
+    return next((type(one.method).__name__ for one in callbacks), None)
 
 
 def print_row(**columns: str) -> None:
@@ -33,26 +54,15 @@ def print_row(**columns: str) -> None:
     print(*(value.ljust(len(name)) for name, value in columns.items()), sep="  ", end="\n\n")
 
 
-def fit_and_test(trainer: L.Trainer, model: SectionClassifier, data: SectionData) -> Path:
-    """Fits, tests the best checkpoint, and prints the figures.
-
-    Returns:
-        The best checkpoint, whose weights the model then has.
-    """
+def fit_and_test(trainer: L.Trainer, model: SectionClassifier, data: SectionData) -> Score:
+    """Fits, and tests the best checkpoint."""
     start = time.perf_counter()
     trainer.fit(model, data)
     seconds = time.perf_counter() - start
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     test_acc = trainer.test(model, data, ckpt_path="best", verbose=False)[0]["test_acc"]
-    checkpoint = Path(trainer.checkpoint_callback.best_model_path)
-    print_row(
-        method="LoRA" if uses_lora(trainer) else "head only" if model.hparams.freeze_encoder else "full",
-        test_accuracy=f"{test_acc:.3f}",
-        trainable_parameters=f"{trainable:,}",
-        checkpoint_bytes=f"{checkpoint.stat().st_size:,}",
-        seconds_for_fit=f"{seconds:.1f}",
-    )
-    return checkpoint
+    best = trainer.checkpoint_callback
+    return Score(Path(best.best_model_path), float(best.best_model_score), test_acc, trainable, seconds)
 
 
 @torch.no_grad()
@@ -85,13 +95,20 @@ def main() -> None:
     """Runs the example from the command line."""
     cli = SectionCLI(SectionClassifier, SectionData, run=False, seed_everything_default=0)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    checkpoint = fit_and_test(trainer, model, data)
-    if not uses_lora(trainer):
+    score = fit_and_test(trainer, model, data)
+    print_row(
+        method=method_of(trainer) or ("head only" if model.hparams.freeze_encoder else "full"),
+        test_accuracy=f"{score.test_accuracy:.3f}",
+        trainable_parameters=f"{score.trainable:,}",
+        checkpoint_bytes=f"{score.checkpoint.stat().st_size:,}",
+        seconds_for_fit=f"{score.seconds:.1f}",
+    )
+    if method_of(trainer) is None:
         return
-    folder = checkpoint.with_suffix(".adapter")
+    folder = score.checkpoint.with_suffix(".adapter")
     print("adapter folder:", *(f"{file.name} ({file.stat().st_size:,} bytes)" for file in sorted(folder.iterdir())))
     pooled, logits = predict(model.encoder, model.head, data)
-    if find_spec("peft"):
+    if find_spec("peft") and json.loads((folder / "adapter_config.json").read_text())["peft_type"] != "LIGHTNING_LORA":
         check_peft(model.hparams.base, folder, model.head, pooled, data)
     check_merged(model, logits, data)
 
