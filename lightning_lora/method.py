@@ -26,7 +26,19 @@ class Method(ABC):
     r: int
     alpha: float
     needs_total_steps: ClassVar[bool] = False
+    refused: ClassVar[Mapping[str, str]] = {}  # options of other methods that cannot go with this one, and why
     restructures: ClassVar[bool] = False  # whether training changes ranks, or which matrices have adapters of their own
+
+    def __new__(cls: type[M], *args: Any, **options: Any) -> M:
+        """Refuse what other methods have and this one cannot have, with the reason.
+
+        Raises:
+            ValueError: If such an option is given.
+        """
+        for name, value in options.items():
+            if name in cls.refused:
+                raise ValueError(f"{cls.__name__}({name}={value!r}): {cls.refused[name]}")
+        return super().__new__(cls)
 
     @abstractmethod
     def build(
