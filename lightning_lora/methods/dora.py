@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.adapter import Adapter
+from lightning_lora.adapter import Adapter, Role
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 
@@ -94,7 +94,7 @@ class WithMagnitude(Adapter):
         dtype: torch.dtype,
         layout: Layout,
     ) -> None:
-        super().__init__(method, shape, seed=seed, device=device, dtype=dtype, layout=layout)  # type: ignore[call-arg]
+        super().__init__(method, shape, seed=seed, device=device, dtype=dtype, layout=layout)
         *stack, out_features, in_features = shape
         units = in_features if layout.looked_up else out_features // layout.kernel
         dtype = torch.promote_types(dtype, torch.float32)  # in half precision the model would not start as its base
@@ -106,6 +106,14 @@ class WithMagnitude(Adapter):
         self.waits_for_weight = True
         if "magnitude" in self._parameters and not self.magnitude.is_meta:
             nn.init.ones_(self.magnitude)
+
+    def why_not_peft(self) -> str | None:
+        """Return whether there are no factors, or a unit whose norm PEFT would divide by although it is 0."""
+        if self.method.r == 0:
+            return "PEFT has no adapter of rank 0"
+        if (self.magnitude == 0).any():
+            return "PEFT divides by the norm of an output unit whose weights are all zero"
+        return super().why_not_peft()
 
     def start_from(self, weight: Tensor) -> None:
         """Set each magnitude to the norm that its unit has at the start."""
@@ -145,15 +153,15 @@ class WithMagnitude(Adapter):
         with torch.autocast(weight.device.type, enabled=False):
             norms = [
                 torch.linalg.vector_norm(self.scaling * (some @ down.to(wide)) + part, dim=-1, dtype=widest)
-                for part, some in zip(weight.split(rows, -2), up.to(wide).split(rows, -2), strict=True)
+                for part, some in zip(torch.split(weight, rows, -2), torch.split(up.to(wide), rows, -2), strict=True)
             ]
             per_row = torch.cat(norms, -1)
         if self.layout.kernel > 1:
-            per_row = torch.linalg.vector_norm(per_row.unflatten(-1, (-1, self.layout.kernel)), dim=-1)
+            per_row = torch.linalg.vector_norm(per_row.reshape(*per_row.shape[:-1], -1, self.layout.kernel), dim=-1)
         return per_row.to(self.magnitude.dtype)
 
 
 class DoRAAdapter(WithMagnitude, LoRAAdapter):
     """LoRA's pair with a magnitude for each output unit; of rank 0, the magnitudes alone."""
 
-    roles = {**LoRAAdapter.roles, "magnitude": "magnitude"}
+    roles: ClassVar[dict[str, Role]] = {**LoRAAdapter.roles, "magnitude": "magnitude"}
