@@ -65,6 +65,10 @@ class Adapter(nn.Module):
         """
         return None
 
+    def why_not_peft(self) -> str | None:
+        """Return why PEFT cannot hold this adapter although it has the method, or None if it can."""
+        return None
+
     def delta(self) -> Tensor:
         """Return the dense low-rank term (out, in), ``scaling * up @ down``."""
         up, down = self.factors()

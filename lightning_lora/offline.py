@@ -22,7 +22,7 @@ from lightning_lora.fitting import fit_full_values, fit_to_weights
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole
 from lightning_lora.peft_format import PARTS
-from lightning_lora.peft_layers import Form
+from lightning_lora.peft_layers import EmbeddingForm, Form
 from lightning_lora.quantized import format_of
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.report import shape_of
@@ -183,6 +183,11 @@ def _whole_changes(file: AdapterFile) -> dict[str, tuple[Tensor, Tensor]]:
     changes: dict[str, tuple[Tensor, Tensor]] = {}
     for name in file.methods:
         adapter = _adapter(file, name)
+        if adapter.needs_weight:
+            raise AdapterError(
+                f"{file.path} has no portable form: what {type(adapter.method).__name__} adds depends on the base's "
+                "weight; merge it into the base instead, or give the folder to PEFT as it is"
+            )
         up, down = adapter.factors()
         up, layout, size = adapter.scaling * up, file.layouts[name], file.sizes[name]
         if layout is not None and layout.rows is not None and size is not None:
@@ -212,7 +217,8 @@ def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -
         else:
             shape = (*file.factor(name, "lora_B").shape[:-1], file.factor(name, "lora_A").shape[-1])
         meta = torch.device("meta")
-        adapter = file.methods[name].build(shape, seed=0, device=meta, dtype=dtype, layout=layout or Layout())
+        layout = layout or Layout(looked_up=file.stored[name].form is EmbeddingForm)
+        adapter = file.methods[name].build(shape, seed=0, device=meta, dtype=dtype, layout=layout)
         values = {factor: file.factor(name, factor).to(dtype) for factor in adapter.state_dict()}
         adapter.load_state_dict(values, assign=True)
     except AdapterError:

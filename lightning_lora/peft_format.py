@@ -49,7 +49,12 @@ class Expressed(NamedTuple):
 
 
 def express(
-    network: nn.Module, found: Mapping[str, Site], methods: Mapping[str, Method], tied: set[str], full: set[str]
+    network: nn.Module,
+    found: Mapping[str, Site],
+    methods: Mapping[str, Method],
+    tied: set[str],
+    full: set[str],
+    reasons: Mapping[str, str | None],
 ) -> Expressed:
     """Return how to write a network's adapters, in PEFT's format where PEFT computes what they do.
 
@@ -59,11 +64,13 @@ def express(
         methods: The method of each site.
         tied: The sites whose adapter works on several layers.
         full: Names of the entries that are trained in full.
+        reasons: Why PEFT cannot hold the adapter of a site, whatever the layer; None where it can.
     """
     ways = {name: _form(site) for name, site in found.items()}
     forms = {name: form for name, (form, _) in ways.items() if form is not None}
     parameters = {name for name, form in forms.items() if form is ParameterForm}
-    reason = _why_not_sites(network, found, methods, tied, ways) or _why_not_together(found, methods, parameters, full)
+    reason = _why_not_sites(network, found, methods, tied, ways, reasons)
+    reason = reason or _why_not_together(found, methods, parameters, full)
     reason = reason or _why_not_names(network, parameters, full) or _why_not_parts(found)
     fields = _fields(network, found, parameters, full)
     named = {name: label for name, form in forms.items() for label, known in FORMS.items() if form is known}
@@ -159,6 +166,7 @@ def _why_not_sites(
     methods: Mapping[str, Method],
     tied: set[str],
     ways: Mapping[str, tuple[type[Form] | None, str]],
+    reasons: Mapping[str, str | None],
 ) -> str | None:
     readers: dict[tuple[int, str], type[AdaptedLayer]] = {}
     for module in network.modules():
@@ -171,6 +179,8 @@ def _why_not_sites(
         form, reason = ways[name]
         if methods[name].peft_config() is None:
             return f"PEFT does not have {type(methods[name]).__name__}"
+        if reasons[name] is not None:
+            return f"{reasons[name]}: {name}"
         if not _module(name):
             return "PEFT adapts layers inside a network, not a network that is one layer"
         if reader is AdaptedMultiheadAttention and form is Form:
@@ -190,6 +200,12 @@ def _why_not_together(
     found: Mapping[str, Site], methods: Mapping[str, Method], parameters: set[str], full: set[str]
 ) -> str | None:
     transposed = [name for name in found if name not in parameters and found[name].slot.layout.transposed]
+    for name in found:
+        if not (methods[name].peft_config() or {}).get("use_dora"):
+            continue
+        if name in parameters or _last(name) == "in_proj_weight":
+            way = "target_parameters" if name in parameters else plain_class(found[name].module).__name__
+            return f"PEFT's {way} takes no DoRA: {name}"
     for name in sorted(parameters):
         if (methods[name].peft_config() or {}).get("lora_dropout"):
             return f"PEFT's target_parameters takes no dropout: {name}"

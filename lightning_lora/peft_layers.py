@@ -21,14 +21,18 @@ from lightning_lora.sites import join
 class Form:
     """The names and shapes of an adapter's factors in a file: here those of a linear layer, stored as they are.
 
-    The forms are those of LoRA's two factors. A method with other factors adds their names to ``ends``, or has forms of
-    its own beside these; nothing else looks at the names in a file.
+    The forms are those of LoRA's two factors and of DoRA's magnitudes. A method with other factors adds their names to
+    ``ends``, or has forms of its own beside these; nothing else looks at the names in a file.
 
     Attributes:
         ends: What follows the layer's name in a tensor's name, by the adapter's own name of the factor.
     """
 
-    ends: ClassVar[Mapping[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    ends: ClassVar[Mapping[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "magnitude": "lora_magnitude_vector",
+    }
 
     @classmethod
     def end(cls, factor: str) -> str:
@@ -71,32 +75,38 @@ class OwnForm(Form):
 class EmbeddingForm(Form):
     """Embeddings: PEFT calls the factor that is looked up A, and stores both transposed."""
 
-    ends: ClassVar[Mapping[str, str]] = {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}
+    ends: ClassVar[Mapping[str, str]] = {
+        "lora_A": "lora_embedding_B",
+        "lora_B": "lora_embedding_A",
+        "magnitude": "lora_magnitude_vector",
+    }
 
     @staticmethod
     def stored(factor: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Return (r, vocabulary) of ``lora_B``, (dim, r) of ``lora_A``."""
-        return tensor.transpose(0, 1)
+        """Return (r, vocabulary) of ``lora_B``, (dim, r) of ``lora_A``, (dim,) of ``magnitude``."""
+        return tensor if factor == "magnitude" else tensor.transpose(0, 1)
 
     @staticmethod
     def live(factor: str, tensor: Tensor, r: int, layout: Layout | None) -> Tensor:
-        """Return (vocabulary, r) or (r, dim)."""
-        return tensor.transpose(0, 1)
+        """Return (vocabulary, r), (r, dim) or (dim,)."""
+        return tensor if factor == "magnitude" else tensor.transpose(0, 1)
 
 
 class ConvolutionForm(Form):
-    r"""Convolutions: A is a kernel (r, in, \*k), B one of size 1 (out, r, 1, ...)."""
+    r"""Convolutions: A is a kernel (r, in, \*k), B one of size 1 (out, r, 1, ...), a magnitude (1, out, 1, ...)."""
 
     @staticmethod
     def stored(factor: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Return the factor as a kernel."""
+        """Return the factor as a kernel, or magnitudes as they fit the layer's output."""
+        if factor == "magnitude":
+            return tensor.reshape(1, -1, *[1] * len(size[2:]))
         kernel = size[1:] if factor == "lora_A" else (tensor.shape[1], *[1] * len(size[2:]))
         return tensor.reshape(tensor.shape[0], *kernel)
 
     @staticmethod
     def live(factor: str, tensor: Tensor, r: int, layout: Layout | None) -> Tensor:
-        """Return (r, in * k) or (out, r)."""
-        return tensor.flatten(1)
+        """Return (r, in * k), (out, r) or (out,)."""
+        return tensor.flatten() if factor == "magnitude" else tensor.flatten(1)
 
 
 class ParameterForm(Form):

@@ -97,7 +97,8 @@ def _network_files(
     found = {relative(name, root): site for name, site in inside.items()}
     methods = {name: site.adapter(task).method for name, site in found.items()}
     tied = {relative(name, root) for name, others in tied_names(model).items() if others}
-    expressed = peft_format.express(network, found, methods, tied, full)
+    reasons = {name: site.adapter(task).why_not_peft() for name, site in found.items()}
+    expressed = peft_format.express(network, found, methods, tied, full, reasons)
     if expressed.reason is not None:
         described["not_for_peft"] = expressed.reason
     for name, form in expressed.forms.items():

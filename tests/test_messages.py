@@ -110,8 +110,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "scaling='cubic': must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))": (
             lambda: LoRA(scaling="cubic")  # type: ignore[arg-type]
         ),
-        "use_dora=True is not supported, because it computes something else than plain LoRA: merge it into the "
-        "base with PEFT": lambda: LoRA.from_peft({"peft_type": "LORA", "use_dora": True}),
+        "lora_bias=True is not supported, because it computes something else than plain LoRA: merge it into the "
+        "base with PEFT": lambda: LoRA.from_peft({"peft_type": "LORA", "lora_bias": True}),
         "init_lora_weights='pissa' changed the base's weights too: convert it to plain LoRA with PEFT's "
         "save_pretrained(..., path_initial_model_for_weight_conversion=...)": (
             lambda: LoRA.from_peft({"peft_type": "LORA", "init_lora_weights": "pissa"})

@@ -478,7 +478,6 @@ def test_peft_adapters_of_other_names_lie_in_sub_folders(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_dora": True},
         {"lora_bias": True},
         {"trainable_token_indices": [1]},
         {"init_lora_weights": "pissa"},

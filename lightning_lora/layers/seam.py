@@ -155,12 +155,12 @@ def _with_gain(adapter: Adapter, layer: Called, slot: Slot, output: Tensor, inpu
         if x is input:
             bias: Tensor | None = getattr(layer, "bias", None)
             rows = slice(*slot.layout.rows) if slot.layout.rows is not None else slice(None)
-            product = output if bias is None else output - layer.along_units(layer, bias[rows])
+            product = output if bias is None else output - layer.along_units(layer, bias[rows]).to(output.dtype)
         else:  # dropout is on the input of the whole change
             product = layer.product(layer, x, _as_weight(layer, slot, matrix), output.shape)
         output = output + layer.along_units(layer, slot.layout.per_unit(gain) - 1).to(output.dtype) * product
         up, down = (up, down * gain) if slot.layout.looked_up else (up * gain, down)
-    return layer.step(layer, output, x, up, down, adapter.scaling)
+    return layer.step(layer, output, x, up, down, adapter.scaling) if down.shape[-2] else output
 
 
 def _dense(

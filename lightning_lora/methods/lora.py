@@ -28,7 +28,6 @@ from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 
 _OTHER_COMPUTATIONS = (  # options of PEFT's LoraConfig that make it something else than W + scale * B @ A
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
@@ -57,14 +56,17 @@ class LoRA(Method):
         ValueError: If a value is out of its range.
     """
 
+    lowest_rank: ClassVar[int] = 1
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     scaling: Literal["linear", "rsqrt"] = "linear"
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1, for example r=8")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < self.lowest_rank:
+            raise ValueError(
+                f"r={self.r!r}: the rank must be a whole number of at least {self.lowest_rank}, for example r=8"
+            )
         if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha={self.alpha!r}: must be a finite number above 0, for example alpha=16")
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
@@ -104,7 +106,7 @@ class LoRA(Method):
         Raises:
             ValueError: If it names a variant of LoRA that is computed in another way.
         """
-        if config.get("peft_type") != "LORA":
+        if config.get("peft_type") != "LORA" or config.get("use_dora"):
             return None
         for option in _OTHER_COMPUTATIONS:
             if config.get(option):
@@ -147,7 +149,8 @@ class LoRAAdapter(Adapter):
         self.seed = seed
         self.layout = layout
         self.dropout = method.dropout
-        self.scaling = method.alpha / (math.sqrt(method.r) if method.scaling == "rsqrt" else method.r)
+        rank = max(method.r, 1)  # methods that allow a rank of 0 train something else there
+        self.scaling = method.alpha / (math.sqrt(rank) if method.scaling == "rsqrt" else rank)
         self.lora_A = nn.Parameter(torch.empty(*stack, method.r, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(*stack, out_features, method.r, device=device, dtype=dtype))
         self.reset_parameters()
