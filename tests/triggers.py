@@ -27,6 +27,7 @@ from lightning_lora import (
 from lightning_lora.callbacks.audit import Audit
 from lightning_lora.derived_groups import split
 from lightning_lora.files import read_tensors, to_bytes
+from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -347,3 +348,10 @@ def clip_weights() -> None:
 def strategy(name: str, launcher: str = "") -> object:
     """A strategy as `check_strategy` sees it: by the names of its class and of its launcher's."""
     return type(name, (), {"launcher": type(launcher, (), {})()})()
+
+
+def seen_inputs() -> InputStatistics:
+    """Return the statistics of two inputs of a layer."""
+    statistics = InputStatistics("first.weight", (8, 4))
+    statistics.update(torch.ones(2, 4))
+    return statistics
