@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,7 +15,7 @@ import torch
 from conftest import Lit, Net, loader
 from torch import Tensor, nn
 
-from lightning_lora import LoRA, inject
+from lightning_lora import LoRA, LoRACallback, inject, rank_curve, sites, use, using
 from lightning_lora.candidates import Candidate
 from lightning_lora.evaluation import undisturbed
 from lightning_lora.input_statistics import InputStatistics, input_hooks, input_statistics, sees_inputs
@@ -347,3 +350,175 @@ def test_a_gradient_that_was_there_is_the_same_object_afterwards() -> None:
         model.norm.weight.grad = None
         model(draw(3, 4, dtype=torch.float32)).sum().backward()
     assert model.norm.weight.grad is gradient
+
+
+# The curve over ranks
+
+
+def trained(model: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Give all adapters factors as after training."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for site in sites(model):
+            for parameter in site.slot.parameters():
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def squares(model: nn.Module) -> Callable[[Any], Tensor]:
+    """A loss that any output has."""
+
+    def loss(x: Tensor) -> Tensor:
+        output = model(x)
+        return (output[0] if isinstance(output, tuple) else output).square().mean()
+
+    return loss
+
+
+def cut_by_hand(delta: Tensor, rank: int) -> Tensor:
+    """The best approximation of lower rank, from the dense matrix."""
+    u, values, v = torch.linalg.svd(delta, full_matrices=False)
+    return (u[..., :rank] * values[..., None, :rank]) @ v[..., :rank, :]
+
+
+CUT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{kind: LAYERS[kind] for kind in ("linear", "Conv1D", "convolution", "grouped", "grouped transposed")},
+    "embedding": (lambda: nn.Embedding(9, 6), ()),
+    "recurrent": (lambda: nn.LSTM(6, 4), (5, 2, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_losses_are_those_of_a_plain_model_with_the_svd_cut_by_hand(kind: str) -> None:
+    build, size = CUT[kind]
+    x = draw(*size) if size else torch.arange(9)
+    model = Wrapped(build()).double()
+    plain = copy.deepcopy(model)
+    inject(model, LoRA(r=3, alpha=2), ["layer"])
+    trained(model)
+    curve = rank_curve(model, [x, x[:1]], squares(model))
+    assert list(curve.losses) == [0, 1, 2, 3]
+    deltas = {site: site.adapter("default").delta().detach() for site in sites(model)}
+    for rank, loss in curve.losses.items():
+        error = 0.0
+        for site, delta in deltas.items():
+            weight = dict(plain.named_parameters())[site.name]
+            base = site.slot.layout.matrix(site.weight.detach())
+            approximation = cut_by_hand(delta, rank)
+            error += (delta - approximation).square().sum().item()
+            with torch.no_grad():
+                weight.copy_(site.slot.layout.put(weight, base + approximation))
+        expected = torch.stack([squares(plain)(x), squares(plain)(x[:1])]).mean()
+        assert loss == pytest.approx(expected.item(), rel=1e-9)
+        assert curve.errors[rank] == pytest.approx(math.sqrt(error), rel=1e-9, abs=1e-9)
+
+
+def test_the_ends_of_the_curve_are_the_base_and_the_adapter_itself() -> None:
+    model = trained(adapted_net(), 0.1)
+    x = draw(5, 4, dtype=torch.float32)
+    curve = rank_curve(model, [x], squares(model))
+    with using(model):
+        assert curve.losses[0] == squares(model)(x).item()
+    assert curve.losses[3] == squares(model)(x).item()
+    assert curve.errors[3] == 0
+
+
+def adapted_net(**kwargs: Any) -> Net:
+    model = Net()
+    inject(model, LoRA(r=3, alpha=2), **kwargs)
+    return model
+
+
+def test_a_site_of_a_lower_rank_keeps_its_factors() -> None:
+    model = trained(adapted_net(rank_pattern={"second": 1})).double()
+    x = draw(5, 4)
+    losses = rank_curve(model, [x], squares(model)).losses
+    first = sites(model)[0].adapter("default")
+    u, values, v = torch.linalg.svd(first.delta().detach(), full_matrices=False)
+    with torch.no_grad():
+        first.lora_B.copy_(torch.cat([u[:, :2] * values[:2], torch.zeros(8, 1)], 1) / first.scaling)
+        first.lora_A.copy_(v[:3])
+    assert losses[2] == pytest.approx(squares(model)(x).item(), rel=1e-9)
+
+
+def test_only_the_ranks_that_were_asked_for_are_evaluated() -> None:
+    model = trained(adapted_net())
+    calls = []
+
+    def loss(x: Tensor) -> float:
+        calls.append(x)
+        return model(x).square().mean().item()
+
+    curve = rank_curve(model, iter([draw(5, 4, dtype=torch.float32)] * 2), loss, ranks=[3, 1])
+    assert list(curve.losses) == list(curve.errors) == [1, 3]
+    assert len(calls) == 4
+
+
+def test_the_curve_is_that_of_one_task_and_the_tasks_in_use_stay() -> None:
+    model = adapted_net()
+    inject(model, LoRA(r=2, alpha=2), task="other")
+    trained(model)
+    x = draw(5, 4, dtype=torch.float32)
+    use(model, "default", "other")
+    losses = rank_curve(model, [x], squares(model), task="other").losses
+    assert all(site.slot.active == ("default", "other") for site in sites(model))
+    with using(model, "other"):
+        assert losses[2] == squares(model)(x).item()
+    assert len(losses) == 3
+
+
+def test_every_rank_meets_the_same_random_numbers() -> None:
+    model = adapted_net()  # lora_B is zero, so all ranks are the same function
+
+    def loss(x: Tensor) -> Tensor:
+        return (model(x) * torch.rand(1) * random.random()).sum()
+
+    losses = rank_curve(model, [draw(5, 4, dtype=torch.float32)], loss).losses
+    assert len(set(losses.values())) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+def test_the_curve_leaves_no_trace(fails: bool) -> None:
+    model = lived_in()
+    inject(model, LoRA(r=2, alpha=2))
+    trained(model)
+    model.norm.eval()
+    before = trace(model)
+
+    def loss(x: Tensor) -> Tensor:
+        output = model(x).sum()
+        if fails:
+            raise KeyError
+        return output
+
+    try:
+        rank_curve(model, [draw(3, 4, dtype=torch.float32)], loss)
+    except KeyError:
+        assert fails
+    assert trace(model) == before
+
+
+def test_a_lightning_module_gives_its_own_loss_before_and_after_a_fit(trainer: Callable[..., Any]) -> None:
+    model = Lit()
+    lora = LoRACallback(LoRA(r=2, alpha=4), target_modules="all-linear")
+    trainer(callbacks=[lora]).fit(model, loader())
+    steps = len(model.losses)
+    curve = rank_curve(model, loader())
+    with torch.no_grad():
+        expected = [model.loss(batch).item() for batch in loader()]
+    assert curve.losses[2] == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+    assert curve.losses == rank_curve(model, loader(), model.loss).losses
+    assert len(model.losses) == steps + 3 * 4
+    assert "log" not in vars(model)
+
+
+def test_the_table_and_the_plot_show_every_rank(tmp_path: Path) -> None:
+    model = trained(adapted_net())
+    curve = rank_curve(model, [draw(5, 4, dtype=torch.float32)], squares(model))
+    header, *lines = curve.table().splitlines()
+    assert header.split() == ["rank", "loss", "taken", "away"]
+    assert [line.split()[0] for line in lines] == ["0", "1", "2", "3"]
+    assert lines[0].endswith("100.00%")
+    assert lines[-1].endswith(" 0.00%")
+    curve.plot(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -68,6 +68,7 @@ from triggers import (
     while_merged,
     with_attribute,
     without_config,
+    without_matplotlib,
     written,
 )
 
@@ -81,6 +82,7 @@ from lightning_lora import (
     load_from_checkpoint,
     merge_,
     param_groups,
+    rank_curve,
     remove,
     save_adapter,
     sites,
@@ -132,6 +134,17 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("evaluation", ValueError): {
         "loss=None means the training_step of a LightningModule, and Net has none: pass loss=lambda batch: ..., a "
         "function of a batch": lambda: input_statistics(net(), [], []),
+    },
+    ("rank_curve", ValueError): {
+        "ranks=[0, 5]: must be between 0 and 2, the highest rank of the adapters": (
+            lambda: rank_curve(adapted(), [], ranks=[5, 0])
+        ),
+        "batches is empty: pass at least one, for example a validation loader": (
+            lambda: rank_curve(adapted(), [], loss=torch.mean)
+        ),
+    },
+    ("rank_curve", ImportError): {
+        "plot() draws with matplotlib, which is not installed: pip install lightning-lora[plots]": without_matplotlib,
     },
     ("input_statistics", ValueError): {
         "first.weight got no input: the batches did not call its layer, or its inputs cannot be seen (embeddings, "

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as L
 import safetensors.torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lightning_lora import (
     LoRA,
     LoRACallback,
+    RankCurve,
     inject,
     merged,
     remove,
@@ -355,3 +357,9 @@ def seen_inputs() -> InputStatistics:
     statistics = InputStatistics("first.weight", (8, 4))
     statistics.update(torch.ones(2, 4))
     return statistics
+
+
+def without_matplotlib() -> None:
+    """Plot a curve where matplotlib cannot be imported."""
+    with mock.patch.dict("sys.modules", {"matplotlib": None, "matplotlib.figure": None}):
+        RankCurve({}, {}, {}).plot("curve.png")
