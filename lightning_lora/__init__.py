@@ -11,6 +11,7 @@ from lightning_lora.method import Method, known_methods
 from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.optim import param_groups
+from lightning_lora.rank_curve import RankCurve, rank_curve
 from lightning_lora.saving import save_adapter
 from lightning_lora.sites import Site, sites
 from lightning_lora.switch import use, using
@@ -23,6 +24,7 @@ __all__ = [
     "LoRA",
     "LoRACallback",
     "Method",
+    "RankCurve",
     "Site",
     "dequantize_",
     "inject",
@@ -32,6 +34,7 @@ __all__ = [
     "merge_",
     "merged",
     "param_groups",
+    "rank_curve",
     "remove",
     "save_adapter",
     "sites",

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lightning_lora.adapter import Adapter
 
 
-@torch.no_grad()
-def singular_values(adapter: Adapter) -> Tensor:
-    """Return the singular values of an adapter's change, largest first, without forming the (out, in) matrix.
+class ThinSVD(NamedTuple):
+    """Singular vectors and values of ``up @ down``, largest first, without the adapter's scaling.
 
-    With ``up = Q R`` and ``down.T = P S``, those of ``up @ down`` are those of the small ``R @ S.T``. A stack of
-    matrices is taken as one block-diagonal matrix.
+    Attributes:
+        left: (out, r), or (n, out, r) for a stack.
+        values: (r,), or (n, r).
+        right: (r, in), or (n, r, in).
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+
+@torch.no_grad()
+def thin_svd(adapter: Adapter) -> ThinSVD:
+    """Return the singular value decomposition of an adapter's product, without forming the (out, in) matrix.
+
+    With ``up = Q R`` and ``down.T = P S`` it is that of the small ``R @ S.T``, turned by Q and P.
 
     Args:
         adapter: Any adapter of rank r.
@@ -22,8 +37,23 @@ def singular_values(adapter: Adapter) -> Tensor:
         At most r values for each matrix, in float64.
     """
     up, down = (factor.double() for factor in adapter.factors())
-    left, right = torch.linalg.qr(up).R, torch.linalg.qr(down.mT).R
-    values: Tensor = abs(adapter.scaling) * torch.linalg.svdvals(left @ right.mT)
+    (left, left_triangle), (right, right_triangle) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
+    u, values, v = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    return ThinSVD(left @ u, values, v @ right.mT)
+
+
+def singular_values(adapter: Adapter) -> Tensor:
+    """Return the singular values of an adapter's change, largest first.
+
+    A stack of matrices is taken as one block-diagonal matrix.
+
+    Args:
+        adapter: Any adapter of rank r.
+
+    Returns:
+        At most r values for each matrix, in float64.
+    """
+    values: Tensor = abs(adapter.scaling) * thin_svd(adapter).values
     return values.flatten().sort(descending=True).values
 
 

@@ -55,6 +55,7 @@ from triggers import (
     repeated,
     resume,
     saved,
+    seen_inputs,
     sharded,
     split_optimizer,
     stored,
@@ -67,6 +68,7 @@ from triggers import (
     while_merged,
     with_attribute,
     without_config,
+    without_matplotlib,
     written,
 )
 
@@ -80,6 +82,7 @@ from lightning_lora import (
     load_from_checkpoint,
     merge_,
     param_groups,
+    rank_curve,
     remove,
     save_adapter,
     sites,
@@ -96,6 +99,7 @@ from lightning_lora.callbacks.guards import (
 )
 from lightning_lora.derived_groups import split
 from lightning_lora.files import parse_json, read_tensors, write_folder
+from lightning_lora.input_statistics import InputStatistics, input_statistics
 from lightning_lora.layout import Layout
 from lightning_lora.merge import _Loss, _warn_of
 from lightning_lora.offline import export, inspect, merge
@@ -126,6 +130,29 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("sites", RuntimeError): {
         "training while the adapters are merged would not reach them: leave `merged(model)` first, or call "
         "model.eval() if this is inference": lambda: while_merged(lambda model: model(torch.ones(1, 4))),
+    },
+    ("evaluation", ValueError): {
+        "loss=None means the training_step of a LightningModule, and Net has none: pass loss=lambda batch: ..., a "
+        "function of a batch": lambda: input_statistics(net(), [], []),
+    },
+    ("rank_curve", ValueError): {
+        "ranks=[0, 5]: must be between 0 and 2, the highest rank of the adapters": (
+            lambda: rank_curve(adapted(), [], ranks=[5, 0])
+        ),
+        "batches is empty: pass at least one, for example a validation loader": (
+            lambda: rank_curve(adapted(), [], loss=torch.mean)
+        ),
+    },
+    ("rank_curve", ImportError): {
+        "plot() draws with matplotlib, which is not installed: pip install lightning-lora[plots]": without_matplotlib,
+    },
+    ("input_statistics", ValueError): {
+        "first.weight got no input: the batches did not call its layer, or its inputs cannot be seen (embeddings, "
+        "attention's out_proj, recurrent layers, experts): leave it out": (
+            lambda: InputStatistics("first.weight", (8, 4)).top(2)
+        ),
+        "k=5: of the inputs of first.weight (width 4) 1 to 4 directions are known after 2 rows: give more batches, or "
+        "keep more with a higher rank=...": lambda: seen_inputs().top(5),
     },
     ("candidates", ValueError): {
         "first.weight and third.weight are one tied parameter that the two layers use in different shapes: adapt "

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as L
 import safetensors.torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lightning_lora import (
     LoRA,
     LoRACallback,
+    RankCurve,
     inject,
     merged,
     remove,
@@ -27,6 +29,7 @@ from lightning_lora import (
 from lightning_lora.callbacks.audit import Audit
 from lightning_lora.derived_groups import split
 from lightning_lora.files import read_tensors, to_bytes
+from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -347,3 +350,16 @@ def clip_weights() -> None:
 def strategy(name: str, launcher: str = "") -> object:
     """A strategy as `check_strategy` sees it: by the names of its class and of its launcher's."""
     return type(name, (), {"launcher": type(launcher, (), {})()})()
+
+
+def seen_inputs() -> InputStatistics:
+    """Return the statistics of two inputs of a layer."""
+    statistics = InputStatistics("first.weight", (8, 4))
+    statistics.update(torch.ones(2, 4))
+    return statistics
+
+
+def without_matplotlib() -> None:
+    """Plot a curve where matplotlib cannot be imported."""
+    with mock.patch.dict("sys.modules", {"matplotlib": None, "matplotlib.figure": None}):
+        RankCurve({}, {}, {}).plot("curve.png")
