@@ -8,6 +8,7 @@ from lightning_lora.inject import inject, remove
 from lightning_lora.loading import load_adapter
 from lightning_lora.merge import dequantize_, merge_, merged
 from lightning_lora.method import Method, known_methods
+from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.optim import param_groups
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterEMA",
     "AdapterError",
     "DoRA",
+    "DeltaLoRA",
     "LoRA",
     "LoRACallback",
     "Method",

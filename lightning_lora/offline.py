@@ -21,7 +21,7 @@ from lightning_lora.files import AdapterError, read_tensors, some, write_folder
 from lightning_lora.fitting import fit_full_values, fit_to_weights
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole
-from lightning_lora.peft_format import PARTS
+from lightning_lora.peft_format import NO_METHOD, PARTS
 from lightning_lora.peft_layers import EmbeddingForm, Form
 from lightning_lora.quantized import format_of
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
@@ -235,7 +235,8 @@ def export(adapter: Path, out: Path) -> list[str]:
     """Write an adapter in the portable form that every reader of PEFT's format computes alike.
 
     All ranks are padded with zeros to the largest, the scale is folded into B, alpha equals r, and modules are listed
-    by their full names, without patterns. Adapters of parts of one matrix become one of the sum of their ranks.
+    by their full names, without patterns. Adapters of parts of one matrix become one of the sum of their ranks. What is
+    low-rank by a method that PEFT does not have becomes plain LoRA.
 
     Args:
         adapter: The adapter folder.
@@ -245,7 +246,8 @@ def export(adapter: Path, out: Path) -> list[str]:
         Notes on what some readers will refuse.
 
     Raises:
-        AdapterError: If there are several networks in the folder, or something else than linear layers is adapted.
+        AdapterError: If there are several networks in the folder, something else than linear layers is adapted, or the
+            change is not low-rank.
         FileExistsError: If ``out`` exists.
     """
     if out.exists():
@@ -255,7 +257,8 @@ def export(adapter: Path, out: Path) -> list[str]:
         raise AdapterError(f"{adapter} holds {len(folders)} networks: export one of {', '.join(map(str, folders))}")
     file = read_adapter(folders[0])
     fields = json.loads((folders[0] / CONFIG).read_bytes())
-    if file.not_for_peft is not None and not file.not_for_peft.startswith(PARTS):
+    reasons = [] if file.not_for_peft is None else file.not_for_peft.split("; ")
+    if not all(reason.startswith((NO_METHOD, PARTS)) for reason in reasons):
         raise AdapterError(f"{adapter} has no portable form: {file.not_for_peft}; merge it into the base instead")
     for name, form in file.forms.items():
         if form is not Form or ".base_layer." in file.stored[name].owner or whole(name).endswith(".in_proj_weight"):

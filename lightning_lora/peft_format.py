@@ -22,6 +22,7 @@ from lightning_lora.sites import Site, added_modules, join
 
 PREFIX = "base_model.model."
 OWN_TYPE = "LIGHTNING_LORA"
+NO_METHOD = "PEFT does not have"
 PARTS = "PEFT has no adapter for a part of a matrix"
 LAST_DOUBLING = "0.21.2"  # the last PEFT that adds the change of an attention's out_proj twice
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -72,6 +73,7 @@ def express(
     reason = _why_not_sites(network, found, methods, tied, ways, reasons)
     reason = reason or _why_not_together(found, methods, parameters, full)
     reason = reason or _why_not_names(network, parameters, full) or _why_not_parts(found)
+    reason = "; ".join(filter(None, (_why_not_method(methods), reason))) or None
     fields = _fields(network, found, parameters, full)
     named = {name: label for name, form in forms.items() for label, known in FORMS.items() if form is known}
     levels = _levels(found, parameters)
@@ -177,8 +179,6 @@ def _why_not_sites(
     for name, site in found.items():
         reader = readers.get((id(site.module), site.parameter))
         form, reason = ways[name]
-        if methods[name].peft_config() is None:
-            return f"PEFT does not have {type(methods[name]).__name__}"
         if reasons[name] is not None:
             return f"{reasons[name]}: {name}"
         if not _module(name):
@@ -194,6 +194,11 @@ def _why_not_sites(
         if name in tied:
             return f"PEFT gives each of several tied layers an adapter of its own: {name}"
     return None
+
+
+def _why_not_method(methods: Mapping[str, Method]) -> str | None:
+    absent = next((type(one).__name__ for one in methods.values() if one.peft_config() is None), None)
+    return None if absent is None else f"{NO_METHOD} {absent}"
 
 
 def _why_not_together(

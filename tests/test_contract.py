@@ -271,9 +271,10 @@ def inject_into(model: nn.Module, kind: str, method: Method) -> None:
 
 def change(model: nn.Module, seed: int = 2) -> None:
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
+        shapes = {name: parameter.shape for name, parameter in adapter.named_parameters(recurse=False)}
+        values = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        adapter.load_state_dict(values, strict=False)  # loaded, because some read off the values what they compute
 
 
 @torch.no_grad()
@@ -315,6 +316,11 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def roughly(one: Tensor, other: Tensor, share: float) -> bool:
+    """Tell whether outputs agree up to a share of the largest, as far as half precision can."""
+    return torch.allclose(one.to(other.dtype), other, rtol=share, atol=share * max(1.0, float(other.abs().max())))
 
 
 @every_kind
@@ -532,7 +538,7 @@ def test_trains_under_autocast_with_full_precision_gradients(kind: str, method: 
     assert outputs.shape == expected.shape
     assert {p.grad.dtype for p in adapter_parameters(model).values() if p.requires_grad} == {torch.float32}
     full = run(adapted(kind, method, torch.float32), kind, "training", torch.float32)
-    assert torch.allclose(outputs.float(), full, rtol=0.05, atol=0.05)
+    assert roughly(outputs, full, 0.05)
 
 
 @every_kind
@@ -543,7 +549,7 @@ def test_a_bf16_base_with_fp32_adapters_computes_in_bf16(kind: str, method: Meth
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
     outputs = run(model, kind, mode, torch.bfloat16)
     assert outputs.dtype == torch.bfloat16
-    assert torch.allclose(outputs.double(), run(adapted(kind, method), kind, mode), rtol=0.1, atol=0.1)
+    assert roughly(outputs, run(adapted(kind, method), kind, mode), 0.1)
     if mode != "inference":
         outputs.float().square().sum().backward()
         assert {p.grad.dtype for p in adapter_parameters(model).values() if p.requires_grad} == {torch.float32}

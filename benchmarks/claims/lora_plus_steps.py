@@ -33,7 +33,9 @@ class Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.into, self.middle, self.out = (nn.Linear(*shape, bias=False) for shape in ((64, 256), (256, 256), (256, 1)))
+        self.into, self.middle, self.out = (
+            nn.Linear(*shape, bias=False) for shape in ((64, 256), (256, 256), (256, 1))
+        )
         for layer in (self.into, self.middle, self.out):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
@@ -57,7 +59,10 @@ def steps_to_target(lr: float, ratio: float, seed: int) -> int:
 
 def measure() -> dict[str, Any]:
     """Return the steps of every seed, by learning rate and ratio."""
-    return {f"{lr:g}": {str(ratio): [steps_to_target(lr, ratio, seed) for seed in SEEDS] for ratio in RATIOS} for lr in RATES}
+    return {
+        f"{lr:g}": {str(ratio): [steps_to_target(lr, ratio, seed) for seed in SEEDS] for ratio in RATIOS}
+        for lr in RATES
+    }
 
 
 def reproduced(measured: Measured) -> bool:
@@ -79,7 +84,9 @@ def table(measured: Measured) -> str:
 def draw(measured: Measured, axes: Any) -> None:
     """Plot the medians against the learning rate."""
     for ratio, name in (("1", "LoRA"), ("16", "LoRA+, ratio 16")):
-        axes.plot([float(lr) for lr in measured], [median(steps[ratio]) for steps in measured.values()], "o-", label=name)
+        axes.plot(
+            [float(lr) for lr in measured], [median(steps[ratio]) for steps in measured.values()], "o-", label=name
+        )
     axes.set(xscale="log", xlabel="learning rate of A", ylabel="steps to 2 % of the loss", ylim=0)
     axes.legend()
 

@@ -87,7 +87,9 @@ def measure() -> dict[str, Any]:
         "operators": {name: len(operators) for name, (operators, _, _) in costs.items()},
         "operations": {name: operations for name, (_, operations, _) in costs.items()},
         "first difference": {
-            name: next((i for i, pair in enumerate(zip(operators, base, strict=False)) if pair[0] != pair[1]), len(base))
+            name: next(
+                (i for i, pair in enumerate(zip(operators, base, strict=False)) if pair[0] != pair[1]), len(base)
+            )
             for name, (operators, _, _) in costs.items()
         },
         "difference of merged and unmerged": abs(costs["merged LoRA"][2] - costs["unmerged LoRA"][2]),

@@ -86,7 +86,7 @@ class LoRA(Method):
         """Create the adapter of one (out, in) matrix, or of a stack of them."""
         return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
 
-    def peft_config(self) -> dict[str, Any]:
+    def peft_config(self) -> dict[str, Any] | None:
         """Return PEFT's names for these fields."""
         alpha = (
             int(self.alpha) if float(self.alpha).is_integer() else self.alpha

@@ -1,0 +1,389 @@
+"""Delta-LoRA: the closed form is the paper's loop, and what of the paper's claims follows from that."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import Lit, Net, loader
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_lora import (
+    DeltaLoRA,
+    LoRA,
+    LoRACallback,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merge_,
+    merged,
+    offline,
+    remove,
+    save_adapter,
+    sites,
+)
+from lightning_lora.analysis import singular_values
+from lightning_lora.methods.delta_lora import DeltaLoRAAdapter
+
+Build = Callable[[list[nn.Parameter]], Optimizer]
+METHOD = DeltaLoRA(r=2, alpha=3, start_step=2)
+
+
+def net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(7)
+    return Net().to(dtype)
+
+
+def batches(steps: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(11)
+    return [
+        (
+            torch.randn(6, 4, generator=generator, dtype=dtype),
+            torch.randn(6, 3, generator=generator, dtype=dtype),
+        )
+        for _ in range(steps)
+    ]
+
+
+def adamw(parameters: list[nn.Parameter]) -> Optimizer:
+    return AdamW(parameters, lr=0.02, weight_decay=0.1)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train(model: nn.Module, method: LoRA, steps: int, build: Build = adamw, dtype: torch.dtype = torch.float64) -> None:
+    """Adapt a network and train it by hand; the start is the same for every method of one rank."""
+    inject(model, method, seed=1, dtype=dtype)
+    optimizer = build(trainable(model))
+    schedules = method.schedules(sites(model), "default")
+    for x, y in batches(steps, dtype):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        for schedule in schedules:
+            schedule.before_step(optimizer)
+        optimizer.step()
+        for schedule in schedules:
+            schedule.after_step(optimizer)
+
+
+def adapter(model: nn.Module, index: int = 0) -> DeltaLoRAAdapter:
+    found = sites(model)[index].adapter("default")
+    assert isinstance(found, DeltaLoRAAdapter)
+    return found
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """The weights that the model computes with."""
+    return [one.adapter("default").adapted(one.module.weight).detach() for one in sites(model)]
+
+
+def trained_factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Literal(nn.Module):
+    """Algorithm 1 written down again: two linear layers whose W is written after each step t > K.
+
+    Args:
+        plain: Adapted by LoRA with the same start.
+        method: The hyperparameters.
+    """
+
+    def __init__(self, plain: Net, method: DeltaLoRA) -> None:
+        super().__init__()
+        self.s, self.ratio, self.K = method.alpha / method.r, method.update_ratio, method.start_step
+        self.W = [layer.weight.detach().clone() for layer in (plain.first, plain.second)]
+        self.bias = [layer.bias.detach().clone() for layer in (plain.first, plain.second)]
+        pairs = [site.adapter("default") for site in sites(plain)]
+        self.A = nn.ParameterList(one.lora_A.detach().clone() for one in pairs)
+        self.B = nn.ParameterList(one.lora_B.detach().clone() for one in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(2):
+            x = x @ self.W[i].T + self.bias[i] + self.s * (x @ self.A[i].T) @ self.B[i].T
+            x = torch.tanh(x) if i == 0 else x
+        return x
+
+    def train_for(self, steps: int, build: Build) -> list[list[Tensor]]:
+        """Train, and return what was added to each W at each step."""
+        optimizer, added = build(list(self.parameters())), []
+        for t, (x, y) in enumerate(batches(steps)):
+            optimizer.zero_grad()
+            (self(x) - y).square().mean().backward()
+            before = [(B @ A).detach() for A, B in zip(self.A, self.B, strict=True)]
+            optimizer.step()
+            after = [(B @ A).detach() for A, B in zip(self.A, self.B, strict=True)]
+            change = [self.ratio * self.s * (new - old) for new, old in zip(after, before, strict=True)]
+            if t > self.K:
+                added.append(change)
+                self.W = [W + one for W, one in zip(self.W, change, strict=True)]
+        return added
+
+
+def literal(method: DeltaLoRA) -> Literal:
+    plain = net()
+    inject(plain, LoRA(r=method.r, alpha=method.alpha), seed=1, dtype=torch.float64)
+    return Literal(plain, method)
+
+
+# ---- the closed form
+
+
+@pytest.mark.parametrize("start_step", [-1, 0, 2])
+@pytest.mark.parametrize(
+    "build",
+    [adamw, lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1)],
+    ids=["AdamW", "SGD with momentum and decay"],
+)
+def test_the_closed_form_is_the_papers_loop(build: Build, start_step: int) -> None:
+    method = DeltaLoRA(r=2, alpha=3, start_step=start_step, update_ratio=0.7)
+    ours, loop = net(), literal(method)
+    train(ours, method, 20, build)
+    added = loop.train_for(20, build)
+    for i, weight in enumerate(weights(ours)):
+        pair = adapter(ours, i)
+        expected = loop.W[i] + loop.s * loop.B[i] @ loop.A[i]
+        assert (weight - expected).abs().max() < 1e-14
+        assert max((pair.lora_A - loop.A[i]).abs().max(), (pair.lora_B - loop.B[i]).abs().max()) < 1e-14
+        increment = weight - ours.get_submodule(["first", "second"][i]).weight - loop.s * pair.lora_B @ pair.lora_A
+        assert (sum(step[i] for step in added) - increment).abs().max() < 1e-14
+        assert increment.abs().max() > 1e-3
+
+
+def test_the_base_changes_from_the_step_after_start_step_on() -> None:
+    for steps in range(6):
+        model, plain = net(), net()
+        train(model, METHOD, steps)
+        train(plain, LoRA(r=2, alpha=3), steps)
+        assert METHOD.start_step == 2
+        if steps <= 3:  # t = 0, 1, 2
+            assert same(trained_factors(model), trained_factors(plain))
+            assert all(map(torch.equal, weights(model), weights(plain)))
+            assert not adapter(model).propagates
+        else:
+            assert adapter(model).propagates
+            assert not any(map(torch.equal, weights(model), weights(plain)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DeltaLoRA(r=2, alpha=3, update_ratio=0, start_step=-1),
+        DeltaLoRA(r=2, alpha=3, start_step=9),
+        DeltaLoRA(r=2, alpha=3, start_step=100, scaling="rsqrt"),
+    ],
+    ids=["update_ratio=0", "start_step is the last step", "start_step after the end, rsLoRA's scale"],
+)
+def test_without_an_update_of_the_base_it_is_lora_bit_for_bit(method: DeltaLoRA) -> None:
+    ours, plain = net(torch.float32), net(torch.float32)
+    train(ours, method, 10, dtype=torch.float32)
+    train(plain, LoRA(r=2, alpha=3, scaling=method.scaling), 10, dtype=torch.float32)
+    assert same(trained_factors(ours), trained_factors(plain))
+    x = batches(1, torch.float32)[0][0]
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_gradients_are_loras_for_the_factors_and_the_whole_ones_for_the_input() -> None:
+    model = net()
+    train(model, METHOD, 8)
+    one, x = adapter(model), batches(1)[0][0].requires_grad_()
+    a, b = one.lora_A.detach().clone().requires_grad_(), one.lora_B.detach().clone().requires_grad_()
+    fixed = one.adapted(model.first.weight).detach() - one.scaling * (b @ a).detach()
+    expected = torch.tanh(x @ (fixed + one.scaling * b @ a).T).square().sum()
+    up, down = one.factors()
+    ours = torch.tanh(x @ model.first.weight.T + one.scaling * (x @ down.T) @ up.T).square().sum()
+    ours_too = torch.autograd.grad(ours, [x, one.lora_A, one.lora_B])
+    for gradient, other in zip(ours_too, torch.autograd.grad(expected, [x, a, b]), strict=True):
+        assert (gradient - other).abs().max() < 1e-13
+        assert gradient.any()
+    assert one.snapshot_A.grad is None
+    assert one.snapshot_B.grad is None
+
+
+# ---- what follows from it
+
+
+@pytest.mark.parametrize(
+    ("ours", "loras", "alpha"),
+    [
+        (lambda p: Adam(p, lr=0.01, eps=1e-300), lambda p: Adam(p, lr=0.01, eps=1e-300), 3 * (1 + 0.7)),
+        (lambda p: SGD(p, lr=0.05), lambda p: SGD(p, lr=0.05 / (1 + 0.7)), 3 * (1 + 0.7)),
+    ],
+    ids=["Adam: LoRA with alpha (1 + ratio)", "SGD: that with lr / (1 + ratio)"],
+)
+def test_from_the_first_step_on_it_is_lora_with_another_alpha(ours: Build, loras: Build, alpha: float) -> None:
+    model, plain = net(), net()
+    train(model, DeltaLoRA(r=2, alpha=3, update_ratio=0.7, start_step=-1), 40, ours)
+    train(plain, LoRA(r=2, alpha=alpha), 40, loras)
+    for weight, other in zip(weights(model), weights(plain), strict=True):
+        assert (weight - other).abs().max() < 1e-10
+    assert max((a - b).abs().max() for a, b in zip(weights(model), weights(net_as_adapted()), strict=True)) > 1e-3
+
+
+def net_as_adapted() -> Net:
+    model = net()
+    inject(model, LoRA(r=2, alpha=3), seed=1)
+    return model
+
+
+@pytest.mark.parametrize(("start_step", "rank"), [(-1, 1), (0, 2), (5, 2)])
+def test_the_change_has_rank_r_if_it_starts_with_the_first_step_and_2r_if_later(start_step: int, rank: int) -> None:
+    model = net()
+    train(model, DeltaLoRA(r=1, alpha=3, start_step=start_step), 12)
+    change = adapter(model).delta()
+    assert torch.linalg.matrix_rank(change) == rank
+    assert (singular_values(adapter(model)) > 1e-9).sum() == rank
+
+
+def test_the_base_is_never_written_and_comes_back_bit_for_bit() -> None:
+    model, plain = net(), net()
+    train(model, METHOD, 8)
+    with merged(model):
+        assert not torch.equal(model.first.weight, plain.first.weight)
+    remove(model)
+    assert same(model.state_dict(), plain.state_dict())
+
+
+def test_a_step_that_is_not_taken_is_not_counted() -> None:
+    model = net()
+    inject(model, METHOD, seed=1)
+    (schedule,) = METHOD.schedules(sites(model), "default")
+    optimizer = adamw(trainable(model))
+    for taken in (True, False, True, False, False, True, False):
+        schedule.before_step(optimizer)
+        if taken:
+            optimizer.step()
+            schedule.after_step(optimizer)
+    assert schedule.step == 3  # steps 0, 1 and 2: the next is the first that changes the base
+
+
+# ---- files
+
+
+def trained(steps: int = 8) -> Net:
+    model = net(torch.float32)
+    train(model, METHOD, steps, dtype=torch.float32)
+    return model
+
+
+@pytest.mark.parametrize("steps", [2, 8], ids=["before the base changes", "after"])
+def test_it_is_exported_as_a_lora_that_peft_loads(steps: int, tmp_path: Path) -> None:
+    model, x = trained(steps), batches(1, torch.float32)[0][0]
+    holder, fresh, by_peft = (nn.Sequential(one) for one in (model, net(torch.float32), net(torch.float32)))
+    save_adapter(holder, tmp_path / "adapter")
+    offline.export(tmp_path / "adapter", tmp_path / "portable")
+    load_adapter(fresh, tmp_path / "portable")
+    method = sites(fresh)[0].adapter("default").method
+    assert type(method) is LoRA
+    assert method.r == (2 if steps == 2 else 4)
+    theirs = peft.PeftModel.from_pretrained(by_peft, tmp_path / "portable")
+    for other in (fresh, theirs):
+        assert torch.allclose(other(x), model(x), rtol=0, atol=1e-6)
+    assert not torch.allclose(net(torch.float32)(x), model(x), rtol=0, atol=1e-3)
+
+
+def test_a_folder_computes_the_same_and_goes_on(tmp_path: Path) -> None:
+    model, fresh, x = trained(), net(torch.float32), batches(1, torch.float32)[0][0]
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(fresh, tmp_path / "adapter")
+    assert adapter(fresh).propagates
+    assert torch.equal(fresh(x), model(x))
+    assert torch.equal(merge_(fresh)(x), merge_(copy.deepcopy(model))(x))
+
+
+# ---- runs
+
+
+def run(trainer: Any, module: Lit, steps: int, method: LoRA = METHOD, ckpt_path: Any = None, **options: Any) -> Any:
+    made = trainer(callbacks=[LoRACallback(method)], max_steps=steps, max_epochs=-1, **options)
+    made.fit(module, loader(), ckpt_path=ckpt_path)
+    return made
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 7], ids=lambda stop: f"stopped after {stop} steps")
+def test_a_run_resumed_around_the_start_equals_the_uninterrupted_one(stop: int, trainer: Any, tmp_path: Path) -> None:
+    whole, part, rest = Lit(), Lit(), Lit()
+    run(trainer, whole, 9)
+    run(trainer, part, stop).save_checkpoint(tmp_path / "a.ckpt")
+    run(trainer, rest, 9, ckpt_path=tmp_path / "a.ckpt")
+    assert part.losses + rest.losses == whole.losses
+    assert same(rest.state_dict(), whole.state_dict())
+    assert adapter(whole).propagates
+    restored = load_from_checkpoint(Lit, tmp_path / "a.ckpt")
+    x = torch.randn(3, 4)
+    assert adapter(restored).propagates == (stop > 3)
+    assert torch.equal(restored(x), part(x))
+
+
+def test_a_checkpoint_holds_the_two_pairs_and_nothing_of_the_base(trainer: Any, tmp_path: Path) -> None:
+    run(trainer, Lit(), 5).save_checkpoint(tmp_path / "a.ckpt")
+    names = {name.rpartition(".")[2] for name in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]}
+    assert {name for name in names if " " not in name} == {"lora_A", "lora_B", "snapshot_A", "snapshot_B"}
+
+
+def test_accumulated_gradients_make_the_same_run(trainer: Any) -> None:
+    whole, parts = Lit(), Lit()
+    trainer(callbacks=[LoRACallback(METHOD)], max_epochs=3).fit(whole, loader(4, 4))
+    trainer(callbacks=[LoRACallback(METHOD)], max_epochs=3, accumulate_grad_batches=2).fit(parts, loader(8, 2))
+    assert adapter(parts).propagates
+    for name, value in whole.state_dict().items():
+        assert torch.allclose(parts.state_dict()[name], value, rtol=0, atol=1e-5)
+
+
+DDP = """
+import sys
+sys.path.insert(0, "{tests}")
+import lightning.pytorch as L, torch, torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from conftest import Lit, loader
+from lightning_lora import DeltaLoRA, LoRACallback, sites
+
+torch.manual_seed(int(__import__("os").environ.get("LOCAL_RANK", 0)))  # ranks differ, adapters must not
+module = Lit()
+L.Trainer(
+    strategy=DDPStrategy(process_group_backend="gloo"), max_epochs=2, accelerator="cpu", devices=2, logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    callbacks=[LoRACallback(DeltaLoRA(r=2, start_step=2))],
+).fit(module, loader(8))
+own = torch.cat([p.detach().flatten() for p in module.parameters()])
+both = [torch.empty_like(own) for _ in range(2)]
+dist.all_gather(both, own)
+assert torch.equal(*both), "replicas differ"
+assert all(site.adapter("default").propagates for site in sites(module))
+losses = [None, None]
+dist.all_gather_object(losses, module.losses)
+assert losses[0] != losses[1], "each rank has data of its own"
+print("DONE")
+"""
+
+
+def test_replicas_stay_equal(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(DDP.format(tests=Path(__file__).parent))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "LOCAL_RANK"))}
+    here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**kept, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("DONE") == 2
