@@ -41,28 +41,15 @@ def budget(step: int, *, start: int, target: int, initial_steps: int, final_step
     return target + (start - target) * (end - step) ** 3 // (end - initial_steps) ** 3
 
 
-def distance(vectors: Tensor) -> Tensor:
-    """Return the Frobenius norm of ``vectors @ vectors.T - I``, or of each of a stack.
-
-    Args:
-        vectors: The rows that should be orthonormal (r, n), or a stack of such matrices.
-    """
-    return torch.linalg.matrix_norm(_excess(vectors))
-
-
 def pull(vectors: Tensor) -> Tensor:
-    """Return the gradient of ``distance``, or of the sum over a stack; it is zero where the distance is.
+    """Return the gradient of the Frobenius norm of ``vectors @ vectors.T - I``; zero where the norm is.
 
     Args:
-        vectors: As for ``distance``.
+        vectors: The rows that should be orthonormal (r, n), or a stack of such matrices, each with its own norm.
     """
-    excess = _excess(vectors)
-    norm = torch.linalg.matrix_norm(excess, keepdim=True).clamp_min(torch.finfo(excess.dtype).tiny)
-    return excess @ vectors * (2 / norm)
-
-
-def _excess(vectors: Tensor) -> Tensor:
-    return vectors @ vectors.mT - torch.eye(vectors.shape[-2], dtype=vectors.dtype, device=vectors.device)
+    excess = vectors @ vectors.mT - torch.eye(vectors.shape[-2], dtype=vectors.dtype, device=vectors.device)
+    norm: Tensor = torch.linalg.matrix_norm(excess, keepdim=True)
+    return excess @ vectors * (2 / norm.clamp_min(torch.finfo(excess.dtype).tiny))
 
 
 def observe_(mean: Tensor, spread: Tensor, sensitivity: Tensor, beta1: float, beta2: float) -> None:
@@ -166,7 +153,7 @@ class RankAllocation(Schedule):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
-        """Add the gradient of the regulariser, the mean of ``distance`` over all A and B, once per step."""
+        """Add the gradient of the regulariser: the mean over all A and B of the norm that `pull` lowers."""
         if self.method.sensitivity == "pre_step":
             self._weights = {name: parameter.detach().clone() for name, parameter in self._parameters()}
         weight = self.method.orthogonality / (2 * self.matrices)
