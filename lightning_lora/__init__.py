@@ -8,6 +8,7 @@ from lightning_lora.inject import inject, remove
 from lightning_lora.loading import load_adapter
 from lightning_lora.merge import dequantize_, merge_, merged
 from lightning_lora.method import Method, known_methods
+from lightning_lora.methods.adalora import AdaLoRA
 from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
@@ -19,6 +20,7 @@ from lightning_lora.switch import use, using
 from lightning_lora.version import __version__
 
 __all__ = [
+    "AdaLoRA",
     "AdapterEMA",
     "AdapterError",
     "DoRA",

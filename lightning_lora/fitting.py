@@ -10,7 +10,15 @@ from torch import Tensor
 from lightning_lora.candidates import Candidate
 from lightning_lora.files import AdapterError, some
 from lightning_lora.layout import Layout
-from lightning_lora.peft_layers import EmbeddingForm, Form, ParameterForm, Stored, layer_form, parameter_form
+from lightning_lora.peft_layers import (
+    LINEAR_FORMS,
+    EmbeddingForm,
+    Form,
+    ParameterForm,
+    Stored,
+    layer_form,
+    parameter_form,
+)
 from lightning_lora.reading import AdapterFile
 
 _MERGE_MODEL = "load it into the model, with load_adapter, and merge it there, with merge_"
@@ -29,7 +37,8 @@ def check_computed_alike(file: AdapterFile, chosen: list[Candidate]) -> None:
         if stored.form is ParameterForm:
             form, reason = parameter_form(one.site.module, one.site.parameter, one.layout, one.size)
         else:
-            form, reason = layer_form(one.site.module, one.site.parameter)
+            peft_type = (file.methods[name].peft_config() or {}).get("peft_type", "LORA")
+            form, reason = layer_form(one.site.module, one.site.parameter, peft_type)
         if form is not stored.form:
             reason = reason or f"PEFT stores its factors in another way on a {type(one.site.module).__name__}"
             raise AdapterError(f"{file.path}: {name} was trained with PEFT as something else than it is here: {reason}")
@@ -118,11 +127,11 @@ def fit_to_weights(file: AdapterFile, sizes: Mapping[str, tuple[int, ...]], *, h
             raise AdapterError(
                 f"{file.path}: its factors do not fit {some(group)} of the base: give the one it was trained on"
             )
-        elif file.stored[group[0]].form is Form:
+        elif file.stored[group[0]].form in LINEAR_FORMS:
             square += group
         else:
             raise AdapterError(f"{file.path}: its factors fit {some(group)} in several ways: {_MERGE_MODEL}")
-    seen = {layout.transposed for stored, layout in found.values() if stored.form is Form}
+    seen = {layout.transposed for stored, layout in found.values() if stored.form in LINEAR_FORMS}
     seen |= {True} if has_turned else set()
     for name in square:
         if not seen <= {file.fan_in_fan_out}:
@@ -151,7 +160,7 @@ def _ways(
 
 def _layout(form: type[Form], dims: int, transposed: bool) -> Layout:
     stacked = form is ParameterForm and dims == 3
-    turned = transposed and (stacked or (form is Form and dims == 2))
+    turned = transposed and (stacked or (form in LINEAR_FORMS and dims == 2))
     return Layout(transposed=turned, stacked=stacked, looked_up=form is EmbeddingForm)
 
 

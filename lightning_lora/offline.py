@@ -21,8 +21,8 @@ from lightning_lora.files import AdapterError, read_tensors, some, write_folder
 from lightning_lora.fitting import fit_full_values, fit_to_weights
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole
-from lightning_lora.peft_format import NO_METHOD, PARTS
-from lightning_lora.peft_layers import EmbeddingForm, Form
+from lightning_lora.peft_format import NO_METHOD, ONE_RANK, PARTS
+from lightning_lora.peft_layers import LINEAR_FORMS, EmbeddingForm, Form
 from lightning_lora.quantized import format_of
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.report import shape_of
@@ -189,7 +189,9 @@ def _whole_changes(file: AdapterFile) -> dict[str, tuple[Tensor, Tensor]]:
                 "weight; merge it into the base instead, or give the folder to PEFT as it is"
             )
         up, down = adapter.factors()
-        up, layout, size = adapter.scaling * up, file.layouts[name], file.sizes[name]
+        used = (down != 0).any(-1)  # AdaLoRA's masked triplets are left out
+        up, down = adapter.scaling * up[:, used], down[used]
+        layout, size = file.layouts[name], file.sizes[name]
         if layout is not None and layout.rows is not None and size is not None:
             blank = up.new_zeros(dataclasses.replace(layout, rows=None).shape(size)[0], up.shape[1])
             up = blank.index_copy(0, torch.arange(*layout.rows), up)
@@ -258,16 +260,20 @@ def export(adapter: Path, out: Path) -> list[str]:
     file = read_adapter(folders[0])
     fields = json.loads((folders[0] / CONFIG).read_bytes())
     reasons = [] if file.not_for_peft is None else file.not_for_peft.split("; ")
-    if not all(reason.startswith((NO_METHOD, PARTS)) for reason in reasons):
+    if not all(reason.startswith((NO_METHOD, PARTS, ONE_RANK)) for reason in reasons):
         raise AdapterError(f"{adapter} has no portable form: {file.not_for_peft}; merge it into the base instead")
     for name, form in file.forms.items():
-        if form is not Form or ".base_layer." in file.stored[name].owner or whole(name).endswith(".in_proj_weight"):
+        if (
+            form not in LINEAR_FORMS
+            or ".base_layer." in file.stored[name].owner
+            or whole(name).endswith(".in_proj_weight")
+        ):
             raise AdapterError(
                 f"{adapter} has no portable form: {name} is not the weight of a linear layer; merge it into the base "
                 "instead, or give the folder to PEFT as it is"
             )
     changes = _whole_changes(file)
-    rank = max(down.shape[0] for _, down in changes.values())
+    rank = max(1, *(down.shape[0] for _, down in changes.values()))
     places, full = peft_format.places(dict.fromkeys(changes, Form), {}, file.full)
     tensors = {full[name]: value for name, value in file.full_values().items()}
     for name, (up, down) in changes.items():

@@ -24,6 +24,7 @@ PREFIX = "base_model.model."
 OWN_TYPE = "LIGHTNING_LORA"
 NO_METHOD = "PEFT does not have"
 PARTS = "PEFT has no adapter for a part of a matrix"
+ONE_RANK = "PEFT's AdaLoRA starts with one rank and one alpha everywhere"
 LAST_DOUBLING = "0.21.2"  # the last PEFT that adds the change of an attention's out_proj twice
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -67,12 +68,13 @@ def express(
         full: Names of the entries that are trained in full.
         reasons: Why PEFT cannot hold the adapter of a site, whatever the layer; None where it can.
     """
-    ways = {name: _form(site) for name, site in found.items()}
+    ways = {name: _form(site, methods[name]) for name, site in found.items()}
     forms = {name: form for name, (form, _) in ways.items() if form is not None}
     parameters = {name for name, form in forms.items() if form is ParameterForm}
     reason = _why_not_sites(network, found, methods, tied, ways, reasons)
     reason = reason or _why_not_together(found, methods, parameters, full)
     reason = reason or _why_not_names(network, parameters, full) or _why_not_parts(found)
+    reason = reason or _why_not_ranks(methods)
     reason = "; ".join(filter(None, (_why_not_method(methods), reason))) or None
     fields = _fields(network, found, parameters, full)
     named = {name: label for name, form in forms.items() for label, known in FORMS.items() if form is known}
@@ -113,13 +115,16 @@ def _wrapped(module: str, levels: int) -> str:
     return PREFIX + join(module, *["base_layer"] * levels)
 
 
-def _form(site: Site) -> tuple[type[Form] | None, str]:
+def _form(site: Site, method: Method) -> tuple[type[Form] | None, str]:
     """Return the form in which PEFT stores a site's adapter, put on the layer if that is right, else on the parameter.
 
     The reason, if neither is right, is that for the layer.
     """
-    form, reason = layer_form(site.module, site.parameter)
-    if form is not None or site.slot.layout.rows is not None or isinstance(site.module, nn.MultiheadAttention):
+    peft_type = (method.peft_config() or {}).get("peft_type", "LORA")
+    form, reason = layer_form(site.module, site.parameter, peft_type)
+    if form is not None or peft_type != "LORA":
+        return form, reason
+    if site.slot.layout.rows is not None or isinstance(site.module, nn.MultiheadAttention):
         return form, reason
     size = (kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)
     return parameter_form(site.module, site.parameter, site.slot.layout, size)[0], reason
@@ -245,6 +250,12 @@ def _why_not_names(network: nn.Module, parameters: set[str], full: set[str]) -> 
 def _why_not_parts(found: Mapping[str, Site]) -> str | None:
     part = next((name for name, site in found.items() if site.slot.layout.rows is not None), None)
     return None if part is None else f"{PARTS}: {part}"
+
+
+def _why_not_ranks(methods: Mapping[str, Method]) -> str | None:
+    ranks = {(method.r, method.alpha): name for name, method in methods.items()}
+    types = {(method.peft_config() or {}).get("peft_type") for method in methods.values()}
+    return f"{ONE_RANK}: {' and '.join(ranks.values())}" if len(ranks) > 1 and "ADALORA" in types else None
 
 
 def _whole_modules(network: nn.Module, full: set[str]) -> list[str]:

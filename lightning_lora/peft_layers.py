@@ -133,8 +133,16 @@ class ParameterForm(Form):
         return tensor.reshape(tensor.shape[0], r, -1).permute(2, 0, 1)
 
 
+class TripletForm(Form):
+    """AdaLoRA's three factors of a linear layer, as they are and under their own names."""
+
+    ends: ClassVar[Mapping[str, str]] = {"lora_A": "lora_A", "lora_E": "lora_E", "lora_B": "lora_B"}
+
+
+LINEAR_FORMS = (Form, TripletForm)
 FORMS: dict[str, type[Form]] = {
     "linear": Form,
+    "triplets": TripletForm,
     "embedding": EmbeddingForm,
     "convolution": ConvolutionForm,
     "parameter": ParameterForm,
@@ -157,17 +165,22 @@ class Stored(NamedTuple):
         return join(self.owner, self.form.end(factor))
 
 
-def layer_form(module: nn.Module, parameter: str) -> tuple[type[Form] | None, str]:
+def layer_form(module: nn.Module, parameter: str, peft_type: str = "LORA") -> tuple[type[Form] | None, str]:
     """Return how PEFT stores an adapter that ``target_modules`` puts on a layer.
 
     Args:
         module: The layer, with or without adapters.
         parameter: Which of its parameters.
+        peft_type: The type of the adapter in PEFT.
 
     Returns:
         The form; or None, and in what PEFT differs from this library there.
     """
     kind, plain = kind_in_use(module), plain_class(module)
+    if peft_type == "ADALORA":
+        return (
+            (TripletForm, "") if issubclass(kind, AdaptedLinear) else (None, "PEFT has AdaLoRA on linear layers only")
+        )
     if issubclass(kind, AdaptedLinear):
         return Form, ""
     if issubclass(kind, AdaptedMultiheadAttention) and parameter == "in_proj_weight":

@@ -6,17 +6,18 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lora.files import AdapterError
 from lightning_lora.method import Method, known_methods
 from lightning_lora.peft_format import LAST_DOUBLING, PREFIX
-from lightning_lora.peft_layers import ConvolutionForm, EmbeddingForm, Form, ParameterForm, Stored
+from lightning_lora.peft_layers import ConvolutionForm, EmbeddingForm, Form, ParameterForm, Stored, TripletForm
 from lightning_lora.sites import join
 
 _FIRST_STACKS = "0.20.0"  # the first PEFT whose stacks lie as (n, out, in) unless the module says otherwise
 _LITERAL_NAME = re.compile(r"\^?(\w|\\?[-.])+\$?", re.ASCII)
-_DOWN = re.compile(r"\.(lora_A\.weight|lora_embedding_A)$")
+_DOWN = re.compile(r"\.(lora_A(\.weight)?|lora_embedding_A)$")
 
 
 def read_config(fields: Mapping[str, Any], path: object) -> Method:
@@ -32,7 +33,7 @@ def read_config(fields: Mapping[str, Any], path: object) -> Method:
             raise AdapterError(f"{path}: {error}") from None
         if method is not None:
             return method
-    raise AdapterError(f"{path}: peft_type={fields.get('peft_type')!r} is not supported; known: LORA")
+    raise AdapterError(f"{path}: peft_type={fields.get('peft_type')!r} is not supported; known: ADALORA, LORA")
 
 
 def read_sites(
@@ -87,6 +88,8 @@ def _layer(
 ) -> tuple[str, tuple[Method, Stored]]:
     """Return the site that an adapter on a layer is, its method, and where its factors lie."""
     form: type[Form]
+    if f"{owner}.lora_E" in tensors:
+        return join(module, "weight"), (method, Stored(owner, TripletForm))
     if f"{owner}.lora_embedding_A" in tensors:
         form, down = EmbeddingForm, tensors[f"{owner}.lora_embedding_A"]
     else:
@@ -146,6 +149,33 @@ def without_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a folder's tensors without the copies that PEFT writes of a bias in a module that is trained in full."""
     plain = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in tensors}
     return {name: tensor for name, tensor in tensors.items() if plain[name] == name or plain[name] not in tensors}
+
+
+def with_masked_triplets(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
+    """Return a folder's tensors with zeros in the places of the triplets that PEFT's AdaLoRA dropped when it saved.
+
+    Args:
+        fields: The content of ``adapter_config.json``.
+        tensors: The content of the weights file, by name.
+        path: For messages.
+
+    Raises:
+        AdapterError: If what was kept and what is there differ.
+    """
+    whole = dict(tensors)
+    for name, kept in (fields.get("rank_pattern") or {}).items() if fields.get("peft_type") == "ADALORA" else ():
+        owner = PREFIX + name.removesuffix(".lora_E")
+        mask = torch.tensor([flag is True for flag in kept] if isinstance(kept, list) else [], dtype=torch.bool)
+        for factor, dim in {"lora_A": 0, "lora_E": 0, "lora_B": 1}.items():
+            part = tensors.get(f"{owner}.{factor}")
+            if part is None or part.dim() != 2 or part.shape[dim] != int(mask.sum()):
+                raise AdapterError(
+                    f"{path}: rank_pattern keeps {int(mask.sum())} triplets of {name}, and {owner}.{factor} has "
+                    f"{'no tensor' if part is None else list(part.shape)}: copy or save the folder again"
+                )
+            size = (len(mask), part.shape[1]) if dim == 0 else (part.shape[0], len(mask))
+            whole[f"{owner}.{factor}"] = part.new_zeros(size).index_copy(dim, mask.nonzero().flatten(), part)
+    return whole
 
 
 def full_entries(tensors: Iterable[str]) -> dict[str, str]:

@@ -140,6 +140,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             raise AdapterError(f"{folder}: no {CONFIG} beside {WEIGHTS}: copy it there, it says r and alpha")
         tensors = peft_reading.without_copies(tensors)
         fields = parse_json(config.read_bytes(), config)
+        tensors = peft_reading.with_masked_triplets(fields, tensors, folder)
         methods, stored = peft_reading.read_sites(fields, tensors, folder)
         return AdapterFile(
             path=folder,
