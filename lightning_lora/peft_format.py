@@ -210,14 +210,11 @@ def _why_not_together(
     found: Mapping[str, Site], methods: Mapping[str, Method], parameters: set[str], full: set[str]
 ) -> str | None:
     transposed = [name for name in found if name not in parameters and found[name].slot.layout.transposed]
-    for name in found:
-        if not (methods[name].peft_config() or {}).get("use_dora"):
-            continue
-        if name in parameters or _last(name) == "in_proj_weight":
-            way = "target_parameters" if name in parameters else plain_class(found[name].module).__name__
-            return f"PEFT's {way} takes no DoRA: {name}"
     for name in sorted(parameters):
-        if (methods[name].peft_config() or {}).get("lora_dropout"):
+        config = methods[name].peft_config() or {}
+        if config.get("use_dora"):
+            return f"PEFT's target_parameters takes no DoRA: {name}"
+        if config.get("lora_dropout"):
             return f"PEFT's target_parameters takes no dropout: {name}"
         if transposed:
             return f"PEFT's target_parameters goes with no Conv1D: {name} and {transposed[0]}"

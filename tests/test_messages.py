@@ -75,6 +75,7 @@ from triggers import (
 from lightning_lora import (
     AdapterEMA,
     AdapterError,
+    DoRA,
     LoRA,
     LoRACallback,
     inject,
@@ -423,7 +424,7 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "best.adapter: field 'not_for_peft' of its description is 7, where a sentence is expected": (
             lambda: load_adapter(net(), changed(not_for_peft=7))
         ),
-        "best.adapter: method 'BoRA' is unknown here; known: LoRA: import the module that defines it, or upgrade "
+        "best.adapter: method 'BoRA' is unknown here; known: ...: import the module that defines it, or upgrade "
         "lightning_lora": lambda: load_adapter(net(), changed(method="BoRA")),
         "best.adapter: hyperparameters of LoRA: r=0: the rank must be a whole number of at least 1, for example "
         "r=8": lambda: load_adapter(net(), changed(site={"r": 0})),
@@ -601,6 +602,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "base instead, or give the folder to PEFT as it is": (
             lambda: export(saved(net(first=nn.Conv1d(4, 8, 1)), target_modules=["first"]), Path("portable"))
         ),
+        "best.adapter has no portable form: what DoRA adds depends on the base's weight; merge it into the base "
+        "instead, or give the folder to PEFT as it is": (lambda: export(saved(method=DoRA(r=2)), Path("portable"))),
         "best.adapter has no portable form: PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up "
         "to 0.21.2): 0.in_proj_weight; merge it into the base instead": (
             lambda: export(saved(nn.Sequential(nn.MultiheadAttention(4, 2))), Path("portable"))

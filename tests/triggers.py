@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_lora import (
     LoRA,
     LoRACallback,
+    Method,
     RankCurve,
     inject,
     merged,
@@ -44,9 +45,9 @@ def net(**layers: nn.Module) -> Any:
     return model
 
 
-def adapted(model: nn.Module | None = None, **options: Any) -> Any:
+def adapted(model: nn.Module | None = None, method: Method | None = None, **options: Any) -> Any:
     model = net() if model is None else model
-    inject(model, LoRA(r=2, alpha=4), **options)
+    inject(model, method or LoRA(r=2, alpha=4), **options)
     return model
 
 

@@ -57,6 +57,9 @@ class DoRA(LoRA):
         """Create the adapter of one (out, in) matrix, or of a stack of them."""
         adapter = DoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
         adapter.detach_norm = self.detach_norm
+        if self.r == 0:  # what is empty gets no gradient, which the optimizer and DDP would wait for
+            adapter.lora_A.requires_grad_(False)
+            adapter.lora_B.requires_grad_(False)
         return adapter
 
     def peft_config(self) -> dict[str, Any]:
