@@ -17,7 +17,16 @@ from lightning_lora.layers import kind_of
 from lightning_lora.layers.attention import AdaptedMultiheadAttention, AdaptedTransformerEncoderLayer
 from lightning_lora.layers.seam import AdaptedLayer, plain_class
 from lightning_lora.method import Method
-from lightning_lora.peft_layers import FORMS, Form, OwnForm, ParameterForm, Stored, layer_form, parameter_form
+from lightning_lora.peft_layers import (
+    FORMS,
+    Form,
+    OwnForm,
+    ParameterForm,
+    Stored,
+    TripletForm,
+    layer_form,
+    parameter_form,
+)
 from lightning_lora.sites import Site, added_modules, join
 
 PREFIX = "base_model.model."
@@ -190,6 +199,8 @@ def _why_not_sites(
             return "PEFT adapts layers inside a network, not a network that is one layer"
         if reader is AdaptedMultiheadAttention and form is Form:
             return f"PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to {LAST_DOUBLING}): {name}"
+        if reader is AdaptedMultiheadAttention and form is TripletForm:
+            return f"PEFT's AdaLoRA does not reach what an nn.MultiheadAttention reads: {name}"
         if form is None:
             return f"{reason}: {name}"
         if site.weight is None:

@@ -102,6 +102,7 @@ class RankAllocation(Schedule):
         mean: The running mean of each parameter's sensitivities, by site and factor; empty in the final phase.
         spread: Their running deviation, likewise.
         kept: Which triplets of each site were kept when they were last chosen; empty before that.
+        total: How many these are.
 
     Raises:
         ValueError: If the phases do not fit in the run, or there are fewer ranks at the start than at the end.
@@ -134,6 +135,7 @@ class RankAllocation(Schedule):
         self.mean: dict[str, Tensor] = {}
         self.spread: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
+        self.total = self.start
         self._weights: dict[str, Tensor] = {}
 
     def budget(self, step: int) -> int:
@@ -195,8 +197,9 @@ class RankAllocation(Schedule):
 
     def _choose(self, number: int) -> None:
         """Note which triplets are the most important ones, and mask the others."""
-        if number >= self.start:
+        if number == self.start:
             return
+        self.total = number
         scores = [self._scores(name, adapter.lora_E) for name, adapter in self.adapters.items()]
         kept = keep_most_important(torch.cat([one.flatten().to(scores[0].device) for one in scores]), number)
         parts = torch.split(kept, [one.numel() for one in scores])
@@ -224,13 +227,14 @@ class RankAllocation(Schedule):
 
     def metrics(self) -> dict[str, float]:
         """Return the ranks of all sites together."""
-        return {"rank/total": float(sum(self.ranks().values()))}
+        return {"rank/total": float(self.total)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the phases, the sensitivities while they are needed, and what was kept last."""
         return {
             **super().state_dict(),
             "phases": [self.initial_steps, self.final_steps, self.total_steps],
+            "total": self.total,
             "mean": dict(self.mean),
             "spread": dict(self.spread),
             "kept": {f"{name}.lora_E": kept for name, kept in self.kept.items()},
@@ -240,6 +244,7 @@ class RankAllocation(Schedule):
         """Go on as the run would have that wrote the state; its phases hold, also if this run is longer."""
         super().load_state_dict(state)
         self.initial_steps, self.final_steps, self.total_steps = state["phases"]
+        self.total = state["total"]
         device = {name: parameter.device for name, parameter in self._parameters()}
         self.mean = {name: tensor.to(device[name], copy=True) for name, tensor in state["mean"].items()}
         self.spread = {name: tensor.to(device[name], copy=True) for name, tensor in state["spread"].items()}

@@ -1,9 +1,11 @@
-"""What was adapted, as a table and a line."""
+"""What was adapted, as a table and a line; ranks by depth and kind of matrix, as a table and a plot."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 
 from torch import nn
 
@@ -81,3 +83,78 @@ def table(found: list[Site], task: str = "default") -> str:
     widths = [max(len(row[i]) for row in [COLUMNS, *body]) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [COLUMNS, *body]]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def ranks(found: list[Site], task: str = "default") -> dict[str, int]:
+    """Return how many ranks of each site are in use, by the site's name: those that AdaLoRA masked are not.
+
+    Args:
+        found: The sites.
+        task: Their task.
+    """
+    return {site.name: int((site.adapter(task).factors()[1] != 0).any(-1).sum()) for site in found}
+
+
+def rank_table(ranks: Mapping[str, int]) -> str:
+    """Return ranks as text: a row for each kind of matrix, a column for each depth.
+
+    Args:
+        ranks: By site name; the first number in a name is its depth.
+    """
+    grid, depths = _by_kind(ranks)
+    total = {depth: sum(row.get(depth, 0) for row in grid.values()) for depth in depths}
+    lines = [["rank at depth", *_labels(depths), "total"]]
+    for kind, row in {**grid, "total": total}.items():
+        lines.append([kind, *(str(row.get(depth, "")) for depth in depths), str(sum(row.values()))])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    texts = [
+        line[0].ljust(widths[0]) + "".join(f"  {line[i]:>{widths[i]}}" for i in range(1, len(line))) for line in lines
+    ]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+def plot_ranks(ranks: Mapping[str, int], path: str | Path) -> None:
+    """Draw ranks as a map of depth (across) and kind of matrix (down), and write it as an image.
+
+    Args:
+        ranks: As for ``rank_table``.
+        path: The file; its ending gives the format.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("plot_ranks draws with matplotlib: pip install 'lightning-lora[plots]'")
+    from matplotlib.figure import Figure
+
+    grid, depths = _by_kind(ranks)
+    figure = Figure(figsize=(4 + 0.4 * len(depths), 1.5 + 0.4 * len(grid)), layout="constrained")
+    axes = figure.add_subplot()
+    values = [[row.get(depth, float("nan")) for depth in depths] for row in grid.values()]
+    image = axes.imshow(values, cmap="Blues", vmin=0, aspect="auto")
+    for y, row in enumerate(grid.values()):
+        for x, depth in enumerate(depths):
+            if depth in row:
+                light = row[depth] > 0.6 * max(ranks.values())
+                axes.text(x, y, str(row[depth]), ha="center", va="center", color="white" if light else "black")
+    axes.set_xticks(range(len(depths)), _labels(depths))
+    axes.set_yticks(range(len(grid)), list(grid))
+    axes.set_xlabel("depth")
+    figure.colorbar(image, label="rank")
+    figure.savefig(path)
+
+
+def _by_kind(ranks: Mapping[str, int]) -> tuple[dict[str, dict[int | None, int]], list[int | None]]:
+    """Return the ranks by kind of matrix and depth, and all depths; None is that of names without a number."""
+    grid: dict[str, dict[int | None, int]] = {}
+    for name, rank in ranks.items():
+        number = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
+        depth = None if number is None else int(number[0])
+        kind = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
+        grid.setdefault(kind.removesuffix(".weight"), {})[depth] = rank
+    depths = {depth for row in grid.values() for depth in row}
+    return grid, sorted(depths, key=lambda depth: (depth is None, depth or 0))
+
+
+def _labels(depths: list[int | None]) -> list[str]:
+    return ["-" if depth is None else str(depth) for depth in depths]

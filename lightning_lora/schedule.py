@@ -36,6 +36,14 @@ class Schedule:
         """
         self.step += 1
 
+    def metrics(self) -> dict[str, float]:
+        """Return what to log at every batch, by name; it must cost nothing."""
+        return {}
+
+    def ranks(self) -> dict[str, int]:
+        """Return the rank that each site has now, by the site's name, where training changes ranks."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as tensors and plain types, so that checkpoints load with weights only."""
         return {"step": self.step}

@@ -42,7 +42,7 @@ from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.optim import place, the_optimizer
-from lightning_lora.report import table, totals
+from lightning_lora.report import rank_table, table, totals
 from lightning_lora.schedule import Schedule
 from lightning_lora.sites import Site, hidden, sites
 
@@ -213,7 +213,8 @@ class LoRACallback(Callback):
     def _start_schedules(self, trainer: Trainer, pl_module: LightningModule, optimizers: list[Optimizer]) -> None:
         """Have the method's schedules called around the steps of the optimizer that trains the adapters."""
         found = sites(pl_module, TASK)
-        total = int(trainer.estimated_stepping_batches) if self.method.needs_total_steps else None
+        batches = trainer.estimated_stepping_batches if self.method.needs_total_steps else -1
+        total = int(batches) if 0 <= batches < float("inf") else None  # -1 or inf: a run without an end
         self._schedules = self.method.schedules(found, TASK, total)
         if not self._schedules:
             return
@@ -281,11 +282,20 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judge the first batch that had a backward."""
+        """Judge the first batch that had a backward, and log what schedules have to say."""
+        for schedule in self._schedules:
+            pl_module.log_dict(schedule.metrics())
         if self._audit is not None and self._audit.backward_ran:
             audit, self._audit = self._audit, None
             audit.stop()
             audit.check()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the ranks that training came to, where it changed them."""
+        for schedule in self._schedules:
+            if schedule.ranks():
+                rank_zero_info(rank_table(schedule.ranks()))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -309,7 +319,11 @@ class LoRACallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of schedules until this run's optimizers, which they work on, are there."""
-        self._schedule_states = state_dict.get("schedules", [])
+        states = state_dict.get("schedules", [])
+        if self._scheduled is None:
+            self._schedule_states = states
+        for schedule, state in zip(self._schedules, states, strict=False) if self._scheduled is not None else ():
+            schedule.load_state_dict(state)  # what finds learning rates and batch sizes goes back to the start
 
     def _wrap(self, module: nn.Module, name: str, run: Callable[[Callable[[], Any]], Any]) -> None:
         """Replace a method on this one object until it has run once, or until the run ends."""
