@@ -14,6 +14,7 @@ from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.optim import param_groups
 from lightning_lora.rank_curve import RankCurve, rank_curve
+from lightning_lora.recommendation import Recommendation, Score, recommend_targets
 from lightning_lora.saving import save_adapter
 from lightning_lora.sites import Site, sites
 from lightning_lora.switch import use, using
@@ -29,6 +30,8 @@ __all__ = [
     "LoRACallback",
     "Method",
     "RankCurve",
+    "Recommendation",
+    "Score",
     "Site",
     "dequantize_",
     "inject",
@@ -39,6 +42,7 @@ __all__ = [
     "merged",
     "param_groups",
     "rank_curve",
+    "recommend_targets",
     "remove",
     "save_adapter",
     "sites",

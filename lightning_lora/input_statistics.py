@@ -109,6 +109,16 @@ class InputStatistics:
         share = squares / self.energy.double().clamp_min(torch.finfo(torch.float64).tiny)[..., None]
         return directions[..., :k, :].to(self.energy.dtype), share[..., :k].to(self.energy.dtype)
 
+    def explained(self, k: int) -> float:
+        """Return the share of the energy of all inputs that their k leading directions hold (EVA, arXiv:2410.07170).
+
+        Args:
+            k: How many directions, of each matrix of a stack; where fewer are known, all that are.
+        """
+        known = self.width if self._sketch is None else self._sketch.shape[-2]
+        share = self.top(min(k, known))[1].double().sum(-1)
+        return float((share * self.energy.double()).sum() / self.energy.double().sum())
+
 
 def input_statistics(
     model: nn.Module,

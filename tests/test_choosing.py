@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -15,10 +16,24 @@ import torch
 from conftest import Lit, Net, loader
 from torch import Tensor, nn
 
-from lightning_lora import LoRA, LoRACallback, inject, rank_curve, sites, use, using
+from lightning_lora import (
+    LoRA,
+    LoRACallback,
+    Recommendation,
+    Score,
+    inject,
+    param_groups,
+    rank_curve,
+    recommend_targets,
+    sites,
+    use,
+    using,
+)
 from lightning_lora.candidates import Candidate
 from lightning_lora.evaluation import undisturbed
+from lightning_lora.gradient_means import GradientMeans
 from lightning_lora.input_statistics import InputStatistics, input_hooks, input_statistics, sees_inputs
+from lightning_lora.knapsack import best_within
 from lightning_lora.targets import find_targets
 
 
@@ -422,6 +437,12 @@ def test_the_ends_of_the_curve_are_the_base_and_the_adapter_itself() -> None:
     assert curve.losses[3] == squares(model)(x).item()
     assert curve.errors[3] == 0
 
+    def of_its_own(x: Tensor) -> float:
+        adapters = [site.adapter("default") for site in sites(model)]
+        return float(all(adapter.factors()[0] is adapter.lora_B for adapter in adapters))
+
+    assert list(rank_curve(model, [x], of_its_own).losses.values()) == [0, 0, 0, 1]
+
 
 def adapted_net(**kwargs: Any) -> Net:
     model = Net()
@@ -522,3 +543,275 @@ def test_the_table_and_the_plot_show_every_rank(tmp_path: Path) -> None:
     assert lines[-1].endswith(" 0.00%")
     curve.plot(tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The table of matrices
+
+
+def scores_of(recommendation: Recommendation) -> dict[str, Score]:
+    return {score.name: score for score in recommendation.scores}
+
+
+def mean_gradients(model: nn.Module, loss: Callable[[Any], Tensor], batches: list[Any]) -> dict[str, Tensor]:
+    """From one backward pass through the mean loss of all batches, in eval mode."""
+    model = copy.deepcopy(model).eval()
+    named = dict(model.named_parameters())
+    for parameter in named.values():
+        parameter.requires_grad_()
+        parameter.grad = None
+    torch.stack([loss(model)(batch) for batch in batches]).mean().backward()
+    return {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+
+
+SCORED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{kind: LAYERS[kind] for kind in ("linear", "Conv1D", "convolution", "grouped", "grouped transposed")},
+    "embedding": (lambda: nn.Embedding(9, 6, sparse=True), ()),
+    "recurrent": (lambda: nn.LSTM(6, 4), (5, 2, 6)),
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("n_batches", [1, 3])
+@pytest.mark.parametrize("kind", SCORED)
+def test_gradient_scores_are_those_of_the_mean_loss_by_dense_svd(
+    kind: str, n_batches: int, passes: int, adapted: bool
+) -> None:
+    build, size = SCORED[kind]
+    batches = [draw(*size, seed=seed) if size else torch.arange(seed, 9) for seed in range(4)]
+    model = Wrapped(build()).double()
+    if adapted:
+        if kind == "embedding":
+            model.layer.sparse = False
+        inject(model, LoRA(r=3, alpha=2), ["layer"])
+        trained(model)
+    scores = scores_of(
+        recommend_targets(
+            model, batches, squares(model), r=2, n_batches=n_batches, target_modules=["layer"], passes=passes
+        )
+    )
+    gradients = mean_gradients(model, squares, batches[:n_batches])
+    found = find_targets(model, ["layer"])
+    assert scores.keys() == {one.site.name for one in found}
+    for one in found:
+        score, matrix = scores[one.site.name], one.layout.matrix(gradients[one.site.name].to_dense())
+        *stack, out, into = one.shape
+        assert score.shape == one.shape
+        assert score.parameters == math.prod(stack) * 2 * (out + into)
+        assert score.gradient == pytest.approx(matrix.norm().item())
+        assert score.captured == pytest.approx(torch.linalg.svdvals(matrix)[..., :2].square().sum().item())
+
+
+def test_parts_of_a_fused_matrix_are_scored_by_their_own_rows() -> None:
+    model = Net().double()
+    x = draw(5, 4)
+    fused = {"first": {"q": 6, "k": 2}}
+    recommendation = recommend_targets(
+        model, [x], squares(model), r=1, target_modules=["first.q", "first.k"], fused=fused, budget=10
+    )
+    scores = scores_of(recommendation)
+    gradient = mean_gradients(model, squares, [x])["first.weight"]
+    for name, rows in (("first.weight.q", slice(0, 6)), ("first.weight.k", slice(6, 8))):
+        assert scores[name].gradient == pytest.approx(gradient[rows].norm().item())
+        assert scores[name].captured == pytest.approx(torch.linalg.matrix_norm(gradient[rows], 2).item() ** 2)
+    inject(model, LoRA(r=1), recommendation.targets, fused=fused)
+    assert [site.name for site in sites(model)] == ["first.weight[q]"]
+
+
+def test_a_weight_that_is_used_twice_is_scored_once_by_the_sum_of_its_gradients() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    model[1].weight = model[0].weight
+    x = draw(5, 4)
+    [score] = recommend_targets(model, [x], squares(model)).scores
+    assert score.gradient == pytest.approx(mean_gradients(model, squares, [x])["0.weight"].norm().item())
+
+
+def test_a_layer_that_only_some_batches_reach_is_scored_by_these() -> None:
+    model = Net().double()
+
+    def loss(x: Tensor) -> Tensor:
+        return squares(model.first if len(x) == 3 else model)(x)
+
+    batches = [draw(5, 4), draw(3, 4)]
+    scores = scores_of(recommend_targets(model, batches, loss))
+    reached = mean_gradients(model, squares, batches[:1])["second.weight"] / 2
+    assert scores["second.weight"].gradient == pytest.approx(reached.norm().item())
+
+
+def test_what_no_batch_reaches_and_what_cannot_be_told_stays_empty() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4), "embedding": nn.Embedding(9, 4)})
+    recommendation = recommend_targets(
+        model,
+        [torch.arange(9)],
+        lambda index: squares(model["used"])(model["embedding"](index)),
+        target_modules=["used", "unused", "embedding"],
+        budget=10**6,
+    )
+    scores = scores_of(recommendation)
+    unused = scores["unused.weight"]
+    assert (unused.gradient, unused.captured, unused.inputs, unused.importance) == (None, None, None, None)
+    assert scores["embedding.weight"].inputs is None
+    assert scores["embedding.weight"].gradient is not None
+    assert set(recommendation.targets) == {"used.weight", "embedding.weight"}
+    assert recommendation.table().count(" -") == 5 + 2 + 1
+
+
+def test_the_inputs_share_is_that_of_all_inputs_and_of_unmasked_tokens_only() -> None:
+    model = Net().double()
+    batches = [(draw(2, 5, 4, seed=seed), torch.rand(2, 5) > 0.3) for seed in range(2)]
+
+    def loss(batch: Any) -> Tensor:
+        return squares(model)(batch[0])
+
+    score = scores_of(recommend_targets(model, batches, loss, r=2))["first.weight"]
+    everything = torch.cat([x.flatten(0, 1) for x, _ in batches])
+    assert score.inputs == pytest.approx(by_svd(everything, 2)[1].sum().item())
+    masked = scores_of(recommend_targets(model, batches, loss, r=2, mask=lambda batch: batch[1]))["first.weight"]
+    kept = torch.cat([x[mask] for x, mask in batches])
+    assert masked.inputs == pytest.approx(by_svd(kept, 2)[1].sum().item())
+    assert masked.gradient == score.gradient
+
+
+def test_the_inputs_share_of_a_stack_weighs_each_matrix_by_its_energy() -> None:
+    rows = draw(3, 20, 6) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    statistics = InputStatistics("layer.weight", (3, 5, 6))
+    statistics.update(rows)
+    squared = torch.linalg.svdvals(rows).square()
+    assert statistics.explained(2) == pytest.approx((squared[:, :2].sum() / squared.sum()).item())
+    assert statistics.explained(9) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "grouped", "transposed"])
+def test_importance_is_the_share_of_what_the_adapters_add_to_their_outputs(kind: str) -> None:
+    build, size = LAYERS[kind]
+    model = nn.ModuleDict({"one": build(), "two": build()}).double()
+    inject(model, LoRA(r=3, alpha=2), ["one", "two"])
+    trained(model)
+    batches = [draw(*size, seed=seed) for seed in range(2)]
+
+    def loss(x: Tensor) -> Tensor:
+        return squares(model["one"])(x) + squares(model["two"])(2 * x)
+
+    scores = scores_of(recommend_targets(model, batches, loss, target_modules=["one", "two"]))
+    added = dict.fromkeys(("one", "two"), 0.0)
+    found = find_targets(model, ["one", "two"])
+    for x in batches:
+        for one, seen in zip(found, (x, 2 * x), strict=True):
+            rows = rows_seen(model[one.site.name[:3]], [one], seen)[1][one.site.name]
+            delta = one.site.adapter("default").delta().detach()
+            added[one.site.name[:3]] += (rows @ delta.mT).square().sum().item()
+    for name, value in added.items():
+        assert scores[f"{name}.weight"].importance == pytest.approx(value / sum(added.values()))
+
+
+def test_the_choice_within_a_budget_is_the_best_of_all() -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        n = generator.randint(0, 8)
+        weights = [generator.randint(1, 12) for _ in range(n)]
+        values = [generator.choice([0.0, 1.0, 2.0, generator.random()]) for _ in range(n)]
+        budget = generator.randint(0, 40)
+        chosen = best_within(values, weights, budget)
+        subsets = (subset for size in range(n + 1) for subset in itertools.combinations(range(n), size))
+        best = max(sum(values[i] for i in s) for s in subsets if sum(weights[i] for i in s) <= budget)
+        assert sum(weights[i] for i in chosen) <= budget
+        assert sum(values[i] for i in chosen) == pytest.approx(best)
+        assert all(values[i] > 0 for i in chosen)
+
+
+def test_the_recommendation_chooses_by_the_column_it_is_told_and_says_so() -> None:
+    model = trained(adapted_net())
+    batches = [draw(5, 4, dtype=torch.float32)]
+    cost = {"first.weight": 2 * (4 + 8), "second.weight": 2 * (8 + 3)}
+    for by in ("captured", "importance"):
+        recommendation = recommend_targets(model, batches, squares(model), r=2, budget=max(cost.values()), by=by)
+        values = [getattr(score, by) for score in recommendation.scores]
+        assert values == sorted(values, reverse=True)
+        assert recommendation.targets == [recommendation.scores[0].name]
+        assert [line.endswith("chosen") for line in recommendation.table().splitlines()] == [False, True, False]
+    assert recommend_targets(model, batches, squares(model)).targets == []
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_the_recommendation_leaves_no_trace(adapted: bool, fails: bool) -> None:
+    model = lived_in()
+    if adapted:
+        inject(model, LoRA(r=2, alpha=2))
+        trained(model)
+        model.norm.eval()
+        model(draw(3, 4, dtype=torch.float32)).sum().backward()
+    before = trace(model)
+    calls = []
+
+    def loss(x: Tensor) -> Tensor:
+        calls.append(x)
+        if fails and len(calls) == 2:
+            raise KeyError
+        return model(x).sum()
+
+    try:
+        recommend_targets(model, [draw(3, 4, dtype=torch.float32)] * 3, loss)
+    except KeyError:
+        assert fails
+    assert trace(model) == before
+
+
+def test_a_single_batch_holds_one_gradient_at_a_time() -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    held = []
+
+    def take(gradient: Tensor) -> None:
+        held.append(sum(p.grad is not None for p in model.parameters()))
+
+    means = GradientMeans({layer.weight: take for layer in model}, batches=1)
+    with means.hooked(model):
+        means.backward(model(torch.ones(2, 4)).sum())
+    assert held == [0, 0, 0, 0]
+    assert not means._sums
+
+
+def test_a_lightning_modules_own_training_loss_is_scored() -> None:
+    model = Lit()
+    batches = list(loader())
+    scores = scores_of(recommend_targets(model, loader()))
+    expected = mean_gradients(model, lambda module: module.loss, batches)
+    for name in ("net.first.weight", "net.second.weight"):
+        assert scores[name].gradient == pytest.approx(expected[name].norm().item(), rel=1e-5)
+
+
+class Blocks(nn.Module):
+    """Six residual blocks."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_six_blocks_the_two_that_the_task_changes_come_first(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Blocks()
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for block, rank in ((2, 8), (4, 3)):
+            change = torch.randn(32, rank) @ torch.randn(rank, 32) / math.sqrt(32 * rank)
+            teacher.blocks[block].weight += change
+    inject(model, LoRA(r=8, alpha=8))
+    optimizer = torch.optim.Adam(param_groups(model, lr=3e-3))
+
+    def loss(x: Tensor) -> Tensor:
+        return (model(x) - teacher(x).detach()).square().mean()
+
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(torch.randn(64, 32)).backward()
+        optimizer.step()
+    recommendation = recommend_targets(model, [torch.randn(256, 32)], loss, by="importance", budget=2 * 8 * (32 + 32))
+    assert set(recommendation.targets) == {"blocks.2.weight", "blocks.4.weight"}
+    assert sum(score.importance for score in recommendation.scores if score.chosen) > 0.8

@@ -43,6 +43,7 @@ from triggers import (
     damaged,
     fit,
     full_checkpoint,
+    gradient_in_parts,
     groups,
     in_int4,
     merge_square,
@@ -84,6 +85,7 @@ from lightning_lora import (
     merge_,
     param_groups,
     rank_curve,
+    recommend_targets,
     remove,
     save_adapter,
     sites,
@@ -143,6 +145,33 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "batches is empty: pass at least one, for example a validation loader": (
             lambda: rank_curve(adapted(), [], loss=torch.mean)
         ),
+    },
+    ("recommendation", ValueError): {
+        "r=0: must be a whole number of at least 1, for example r=4": lambda: recommend_targets(net(), [], r=0),
+        "budget=0: must be a number of parameters, or None for the table alone": (
+            lambda: recommend_targets(net(), [], budget=0)
+        ),
+        "by='size': must be 'captured', or 'importance' where adapters were trained": (
+            lambda: recommend_targets(net(), [], by="size")  # type: ignore[arg-type]
+        ),
+        "by='importance' compares what trained adapters do, and the model has none of task 'default': inject them and "
+        "train for a while, or write by='captured'": lambda: recommend_targets(net(), [], by="importance"),
+        "batches is empty: pass at least one, for example a training loader": (
+            lambda: recommend_targets(net(), [], loss=torch.mean)
+        ),
+        "none of 2 matrices (first: first.weight) got a gradient: either the loss is detached, or the batches reach "
+        "none of them, or all are packed or computed from others": (
+            lambda: recommend_targets(net(), [torch.ones(3)], loss=torch.mean)
+        ),
+    },
+    ("gradient_means", ValueError): {
+        "the loss of a batch is 1.0, but a tensor of one number is needed: return what training_step does": (
+            lambda: recommend_targets(net(), [1.0], loss=float)
+        ),
+    },
+    ("gradient_means", RuntimeError): {
+        "a weight of shape [8, 4] got its gradient in several parts in one batch, as reentrant checkpointing gives it "
+        "to a layer that is used twice: pass use_reentrant=False": gradient_in_parts,
     },
     ("rank_curve", ImportError): {
         "plot() draws with matplotlib, which is not installed: pip install lightning-lora[plots]": without_matplotlib,

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from conftest import Lit, loader
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from lightning_lora import (
     LoRA,
@@ -23,6 +24,7 @@ from lightning_lora import (
     RankCurve,
     inject,
     merged,
+    recommend_targets,
     remove,
     save_adapter,
     sites,
@@ -364,3 +366,14 @@ def without_matplotlib() -> None:
     """Plot a curve where matplotlib cannot be imported."""
     with mock.patch.dict("sys.modules", {"matplotlib": None, "matplotlib.figure": None}):
         RankCurve({}, {}, {}).plot("curve.png")
+
+
+def gradient_in_parts() -> None:
+    """Score a layer that two reentrant checkpoints run."""
+    model = net()
+
+    def loss(x: Tensor) -> Tensor:
+        halves = [checkpoint_of(model.first, half, use_reentrant=True) for half in x.requires_grad_().chunk(2)]
+        return torch.stack(halves).sum()
+
+    recommend_targets(model, [torch.ones(4, 4)], loss)
