@@ -20,8 +20,7 @@ CLAIM = Claim(
     source="LoRA+, arXiv:2402.12354",
     experiment=(
         "After the paper's toy: a network of width 256 whose middle layer lacks a change of rank 4, fitted with Adam to "
-        "the network that has it. Steps until the loss is 2 % of the first, at most 500. LoRA+ has ratio 16. The gain "
-        "is smaller when each has its own best learning rate, and too high a rate hurts LoRA+ first."
+        "the network that has it. Steps until the loss is 2 % of the first, at most 500. LoRA+ has ratio 16."
     ),
     criterion="at learning rate 1e-3 the median of five seeds with ratio 16 is below 0.6 of that with ratio 1.",
 )
@@ -52,8 +51,9 @@ def steps_to_target(lr: float, ratio: float, seed: int) -> int:
     with torch.no_grad():
         teacher.middle.weight += torch.randn(256, 4) @ torch.randn(4, 256) / 4 / 256**0.5
         y = teacher(x)
-    inject(model, LoRA(r=4, alpha=4), ["middle"], seed=seed)
-    losses = fit(model, lambda _: (model(x) - y).square().mean(), steps=CAP, lr=lr, lr_ratio=ratio)
+    method = LoRA(r=4, alpha=4)
+    inject(model, method, ["middle"], seed=seed)
+    losses = fit(model, method, lambda _: (model(x) - y).square().mean(), steps=CAP, lr=lr, lr_ratio=ratio)
     return next((step for step, loss in enumerate(losses) if loss < 0.02 * losses[0]), CAP)
 
 
@@ -78,7 +78,12 @@ def table(measured: Measured) -> str:
         return f"{median(steps):g} ({min(steps)} to {max(steps)})"
 
     rows = "".join(f"\n| {lr} | {shown(steps['1'])} | {shown(steps['16'])} |" for lr, steps in measured.items())
-    return "| learning rate of A | LoRA: median (range) of 5 | LoRA+ |\n|---|---|---|" + rows
+    lora, plus = (min(median(steps[ratio]) for steps in measured.values()) for ratio in ("1", "16"))
+    return (
+        "| learning rate of A | LoRA: median (range) of 5 | LoRA+ |\n|---|---|---|"
+        + rows
+        + f"\n\nWith the best of these rates for each, LoRA needs {lora:g} steps and LoRA+ {plus:g}."
+    )
 
 
 def draw(measured: Measured, axes: Any) -> None:

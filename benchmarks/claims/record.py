@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -88,12 +88,18 @@ not need not be wrong. What must come out was fixed in the scripts before the pa
 computed from the numbers. `python benchmarks/claims/run.py` writes this page anew, with the plots
 (`pip install .[plots]`); with names of scripts after it, it measures these only.
 
-{record["environment"]}. Seconds are processor time of one core.
+Measured with {record["environment"]}. Seconds are processor time; pretraining the tiny
+language model that some share takes about one minute more, once.
 
 | claim | source | verdict |
 |---|---|---|
 {rows}
 {sections}"""
+
+
+def numbers(values: Iterable[float], form: str = ".3f") -> str:
+    """Return numbers as text, with commas between them."""
+    return ", ".join(format(value, form) for value in values)
 
 
 def anchor(title: str) -> str:

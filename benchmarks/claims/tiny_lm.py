@@ -55,11 +55,15 @@ class TinyLM(nn.Module):
         self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, SYMBOLS, bias=False)
 
-    def forward(self, sequences: Tensor) -> Tensor:
-        read, following = sequences[:, :-1], sequences[:, 1:]
+    def logits(self, read: Tensor) -> Tensor:
+        """Return the logits (sequences, length, symbols) of what follows each symbol."""
         x = self.symbols(read) + self.positions.weight[: read.shape[1]]
-        logits = self.head(self.norm(self.blocks(x)))[:, 1:]  # the first symbol alone says nothing of the next
-        return F.cross_entropy(logits.flatten(0, 1), following[:, 1:].flatten())
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        logits = self.logits(sequences[:, :-1])[:, 1:]  # the first symbol alone says nothing of the next
+        return F.cross_entropy(logits.flatten(0, 1), sequences[:, 2:].flatten())
 
 
 class Run(NamedTuple):
@@ -139,6 +143,13 @@ def loss_on(chain: Chain, model: TinyLM) -> float:
 def fine_tune(method: Method, *, lr: float, steps: int = 250, lr_ratio: float = 1.0, seed: int = 0) -> Run:
     """Adapt all linear layers of the blocks of a pretrained model to the second chain.
 
+    Args:
+        method: The method.
+        lr: Learning rate.
+        steps: Number of steps.
+        lr_ratio: Learning rate of B divided by ``lr``.
+        seed: Of the adapters and of the data.
+
     Returns:
         The model, the number of trained parameters, the loss of each step, and the loss on both chains.
     """
@@ -146,5 +157,5 @@ def fine_tune(method: Method, *, lr: float, steps: int = 250, lr_ratio: float = 
     inject(model, method, TARGETS, seed=seed)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     first = 1_000_000 * (seed + 1)
-    losses = fit(model, lambda step: model(new.sample(BATCH, seed=first + step)), steps=steps, lr=lr, lr_ratio=lr_ratio)
+    losses = fit(model, method, lambda step: model(new.sample(BATCH, seed=first + step)), steps=steps, lr=lr, lr_ratio=lr_ratio)
     return Run(model, trained, losses, loss_on(new, model), loss_on(old, model))
