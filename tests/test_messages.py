@@ -23,9 +23,11 @@ from triggers import (
     FIRST,
     Attending,
     Bare,
+    Fetching,
     Forgetful,
     Idle,
     InSetup,
+    Looking,
     NoisyLinear,
     Normed,
     Outer,
@@ -100,6 +102,7 @@ from lightning_lora.callbacks.guards import (
     check_strategy,
     check_unwrapped,
 )
+from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.derived_groups import split
 from lightning_lora.files import parse_json, read_tensors, write_folder
 from lightning_lora.input_statistics import InputStatistics, input_statistics
@@ -753,6 +756,20 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "strategy='ddp'": lambda: check_strategy(strategy("FSDPStrategy")),
         "strategy=DDPStrategy trains in spawned or forked processes, and the adapters would stay there: use "
         "strategy='ddp'": lambda: check_strategy(strategy("DDPStrategy", "_MultiProcessingLauncher")),
+    },
+    ("callbacks/silent_batches", ValueError): {
+        "Looking has automatic_optimization=False, so its training_step steps the optimizer and cannot run just to "
+        "look at a loss: use automatic optimization, or a method and an init that look at no data": (
+            lambda: fit(Looking(automatic=False))
+        ),
+        "training_step of Fetching takes dataloader_iter, so it would fetch batches of the run itself: let it take "
+        "(batch, batch_idx), or use a method and an init that look at no data": (
+            lambda: list(silent_losses(trainer(), Fetching(), 1))
+        ),
+        "the training data, a _SingleProcessDataLoaderIter, can be iterated over only once, so batches looked at would "
+        "be missing in training: give a DataLoader, or an object whose __iter__ returns a new iterator": (
+            lambda: trainer().fit(Looking(), iter(loader(1)))
+        ),
     },
     ("callbacks/lora", ValueError): {
         "method='lora': give a method, for example LoRACallback(LoRA(r=8))": (

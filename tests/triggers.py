@@ -30,6 +30,7 @@ from lightning_lora import (
     sites,
 )
 from lightning_lora.callbacks.audit import Audit
+from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.derived_groups import split
 from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.input_statistics import InputStatistics
@@ -201,6 +202,26 @@ class Pretrained(nn.Sequential):
 
     def get_output_embeddings(self) -> nn.Module:
         return self[-1]
+
+
+class Looking(Lit):
+    """Looks at its training data before it trains.
+
+    Args:
+        automatic: Whether Lightning steps the optimizer.
+    """
+
+    def __init__(self, automatic: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = automatic
+
+    def configure_model(self) -> None:
+        list(silent_losses(self.trainer, self, 1))
+
+
+class Fetching(Looking):
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        return self.loss(next(dataloader_iter)[0])
 
 
 class Outer:
