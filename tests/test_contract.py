@@ -224,8 +224,9 @@ KINDS: dict[str, Kind] = {
         lambda: nn.EmbeddingBag(7, 5), lambda: {"input": indices(2, 4)}, ["layer.weight"]
     ),
 }
+ALPHAS = {"DeltaLoRA": 1.0}  # where alpha=3 makes changes much larger than LoRA's
 METHODS: dict[str, Method] = {
-    name: cls().at(2, 3.0)
+    name: cls().at(2, ALPHAS.get(name, 3.0))
     for name, cls in known_methods().items()
     if cls.__module__.startswith("lightning_lora.methods.")
 }
@@ -316,11 +317,6 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0, atol=1e-12)
-
-
-def roughly(one: Tensor, other: Tensor, share: float) -> bool:
-    """Tell whether outputs agree up to a share of the largest, as far as half precision can."""
-    return torch.allclose(one.to(other.dtype), other, rtol=share, atol=share * max(1.0, float(other.abs().max())))
 
 
 @every_kind
@@ -538,7 +534,7 @@ def test_trains_under_autocast_with_full_precision_gradients(kind: str, method: 
     assert outputs.shape == expected.shape
     assert {p.grad.dtype for p in adapter_parameters(model).values() if p.requires_grad} == {torch.float32}
     full = run(adapted(kind, method, torch.float32), kind, "training", torch.float32)
-    assert roughly(outputs, full, 0.05)
+    assert torch.allclose(outputs.float(), full, rtol=0.05, atol=0.05)
 
 
 @every_kind
@@ -549,7 +545,7 @@ def test_a_bf16_base_with_fp32_adapters_computes_in_bf16(kind: str, method: Meth
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
     outputs = run(model, kind, mode, torch.bfloat16)
     assert outputs.dtype == torch.bfloat16
-    assert roughly(outputs, run(adapted(kind, method), kind, mode), 0.1)
+    assert torch.allclose(outputs.double(), run(adapted(kind, method), kind, mode), rtol=0.1, atol=0.1)
     if mode != "inference":
         outputs.float().square().sum().backward()
         assert {p.grad.dtype for p in adapter_parameters(model).values() if p.requires_grad} == {torch.float32}

@@ -310,8 +310,9 @@ def test_a_folder_computes_the_same_and_goes_on(tmp_path: Path) -> None:
 
 
 def run(trainer: Any, module: Lit, steps: int, method: LoRA = METHOD, ckpt_path: Any = None, **options: Any) -> Any:
-    made = trainer(callbacks=[LoRACallback(method)], max_steps=steps, max_epochs=-1, **options)
-    made.fit(module, loader(), ckpt_path=ckpt_path)
+    """Train for epochs of one step each, so that a checkpoint after any step is one at an epoch's end."""
+    made = trainer(callbacks=[LoRACallback(method)], max_epochs=steps, **options)
+    made.fit(module, loader(1), ckpt_path=ckpt_path)
     return made
 
 

@@ -79,6 +79,7 @@ from lightning_lora import (
     AdapterEMA,
     AdapterError,
     DoRA,
+    DeltaLoRA,
     LoRA,
     LoRACallback,
     inject,
@@ -126,6 +127,15 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "save_pretrained(..., path_initial_model_for_weight_conversion=...)": (
             lambda: LoRA.from_peft({"peft_type": "LORA", "init_lora_weights": "pissa"})
         ),
+    },
+    ("methods/delta_lora", ValueError): {
+        "dropout=0.1: with dropout on the adapter's input the gradient of lora_B @ lora_A is not that of the base's "
+        "weight, which Delta-LoRA takes it for: use dropout=0": lambda: DeltaLoRA(dropout=0.1),
+        "update_ratio=-1: must be a finite number of at least 0, such as update_ratio=2": (
+            lambda: DeltaLoRA(update_ratio=-1)
+        ),
+        "start_step=-2: must be a whole number of at least -1, which changes the base from the first step on; "
+        "start_step=500 leaves 501 steps plain": lambda: DeltaLoRA(start_step=-2),
     },
     ("layout", ValueError): {
         "layout: groups=0 is no field of a layout, or out of its range": lambda: Layout.from_description({"groups": 0}),
