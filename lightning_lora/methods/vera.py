@@ -92,11 +92,12 @@ class VeRA(Method):
         Raises:
             ValueError: If ranks differ, or a new site needs a larger pair than the one that the others have.
         """
+        first = next(iter(adapters))
         for name, adapter in adapters.items():
-            if adapter.method.r != self.r:
+            if adapter.method.r != adapters[first].method.r:
                 raise ValueError(
-                    f"{name}: r={adapter.method.r}, but other matrices have r={self.r}: VeRA has no per-layer rank, "
-                    "because all layers share A and B: leave it out of rank_pattern"
+                    f"{first} has r={adapters[first].method.r} and {name} has r={adapter.method.r}: VeRA has no "
+                    "per-layer rank, because all layers share A and B: leave rank_pattern out"
                 )
         ours: dict[str, VeRAAdapter] = {name: one for name, one in adapters.items() if isinstance(one, VeRAAdapter)}
         pair = next((one.shared for one in ours.values() if hasattr(one, "shared")), None)
@@ -257,6 +258,6 @@ class Projections(Shared):
         return {
             "out_features": self.vera_B.shape[0],
             "in_features": self.vera_A.shape[1],
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # plain text: it is none itself
             "sha256": digest.hexdigest(),
         }
