@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_lora import (
     LoRA,
     LoRACallback,
+    Method,
     RankCurve,
     inject,
     merged,
@@ -44,9 +45,9 @@ def net(**layers: nn.Module) -> Any:
     return model
 
 
-def adapted(model: nn.Module | None = None, **options: Any) -> Any:
+def adapted(model: nn.Module | None = None, method: Method = LoRA(r=2, alpha=4), **options: Any) -> Any:  # noqa: B008
     model = net() if model is None else model
-    inject(model, LoRA(r=2, alpha=4), **options)
+    inject(model, method, **options)
     return model
 
 
@@ -66,9 +67,14 @@ def changed(tensors: Mapping[str, Any] = {}, site: Mapping[str, Any] = {}, model
     return weights.parent
 
 
-def by_peft(tensors: dict[str, Tensor] | None = None, model: nn.Module | None = None, **fields: Any) -> Path:
+def by_peft(
+    tensors: dict[str, Tensor] | None = None,
+    model: nn.Module | None = None,
+    method: Method = LoRA(r=2, alpha=4),  # noqa: B008
+    **fields: Any,
+) -> Path:
     """A saved adapter as PEFT would write it, perhaps with other tensors or other fields in its config."""
-    folder = saved(model)
+    folder = saved(model, method=method)
     present, _ = read_tensors(folder / WEIGHTS)
     safetensors.torch.save_file(tensors or present, folder / WEIGHTS, {"format": "pt"})
     config = json.loads((folder / CONFIG).read_text())
