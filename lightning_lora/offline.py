@@ -216,7 +216,7 @@ def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -
     try:
         if layout is not None and size is not None:
             shape = layout.shape(size)
-        elif not file.has(name, "lora_A"):
+        elif "lora_A" not in file.stored[name].form.ends:
             raise AdapterError(
                 f"{file.path}: PEFT's files do not hold the size of {name}: load it into the model, with load_adapter, "
                 "and save it from there, with save_adapter"

@@ -12,7 +12,15 @@ from torch import Tensor
 from lightning_lora.files import AdapterError
 from lightning_lora.method import Method, known_methods
 from lightning_lora.peft_format import LAST_DOUBLING, PREFIX
-from lightning_lora.peft_layers import ConvolutionForm, EmbeddingForm, Form, ParameterForm, Stored, TripletForm, VectorForm
+from lightning_lora.peft_layers import (
+    ConvolutionForm,
+    EmbeddingForm,
+    Form,
+    ParameterForm,
+    Stored,
+    TripletForm,
+    VectorForm,
+)
 from lightning_lora.sites import join
 
 _FIRST_STACKS = "0.20.0"  # the first PEFT whose stacks lie as (n, out, in) unless the module says otherwise
@@ -188,9 +196,7 @@ def full_entries(tensors: Iterable[str]) -> dict[str, str]:
     """Return the entries that are not adapters among a folder's tensors: PEFT's name by their name in the network."""
     adapted = _adapted(tensors)
     return {
-        _without_base_layers(name, adapted).removeprefix(PREFIX): name
-        for name in tensors
-        if not _FACTOR.search(name)
+        _without_base_layers(name, adapted).removeprefix(PREFIX): name for name in tensors if not _FACTOR.search(name)
     }
 
 
