@@ -12,6 +12,7 @@ from lightning_lora.methods.adalora import AdaLoRA
 from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
+from lightning_lora.methods.vera import VeRA
 from lightning_lora.optim import param_groups
 from lightning_lora.rank_curve import RankCurve, rank_curve
 from lightning_lora.recommendation import Recommendation, Score, recommend_targets
@@ -33,6 +34,7 @@ __all__ = [
     "Recommendation",
     "Score",
     "Site",
+    "VeRA",
     "dequantize_",
     "inject",
     "known_methods",

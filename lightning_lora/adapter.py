@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Role = Literal["A", "B", "magnitude", "scale", "core"]
 T = TypeVar("T")
+SHARED = "shared."  # what the names of tensors that adapters have in common begin with in a state dict
 
 
 class Adapter(nn.Module):
@@ -136,3 +137,60 @@ class Adapter(nn.Module):
         if was_meta and not any(parameter.is_meta for parameter in self.parameters()):
             self.reset_parameters()
         return self
+
+
+def stored_factors(adapter: Adapter) -> list[str]:
+    """Return the names of an adapter's tensors that files hold."""
+    redrawn = not getattr(getattr(adapter, "shared", None), "stored", True)
+    return [name for name in adapter.state_dict() if not (redrawn and name.startswith(SHARED))]
+
+
+def fits(name: str, shape: Sequence[int], needed: Sequence[int]) -> bool:
+    """Tell whether a tensor in a file can be an adapter's: a shared one serves in part where it is larger.
+
+    Args:
+        name: The adapter's name of it.
+        shape: The shape in the file.
+        needed: The shape that the adapter has.
+    """
+    if not name.startswith(SHARED):
+        return tuple(shape) == tuple(needed)
+    return len(shape) == len(needed) and all(have >= need for have, need in zip(shape, needed, strict=True))
+
+
+class Shared(nn.Module):
+    """Frozen tensors that all adapters of a task hold as their child ``shared``: once in memory and once in a file.
+
+    Attributes:
+        stored: Whether files hold the tensors; if not they hold what ``described`` returns, from which the method's
+            ``redrawn`` makes them again.
+    """
+
+    stored: bool = True
+
+    def reset_parameters(self) -> None:
+        """Draw the tensors anew, on whatever device they are."""
+        raise NotImplementedError
+
+    def described(self) -> dict[str, Any]:
+        """Return, in plain types, what it takes to draw the tensors again and to know that they are the same."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Shared:
+        """Move once: every adapter brings its own call, and the second ``to_empty`` would lose what the first drew."""
+        first = next(self.parameters())
+        was_meta = first.is_meta
+        probe = fn(torch.empty(0, dtype=first.dtype, device=first.device))
+        if (probe.device, probe.dtype) != (first.device, first.dtype):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if was_meta and not probe.is_meta:
+                self.reset_parameters()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Take tensors that are larger than the adapters here need, as those of a larger model are."""
+        for name, parameter in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if parameter is not None and given is not None and fits(SHARED + name, given.shape, parameter.shape):
+                self._parameters[name] = nn.Parameter(parameter.new_empty(given.shape), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapter import SHARED
 from lightning_lora.files import SCHEMA, AdapterError
 from lightning_lora.layers import kind_of
 from lightning_lora.layers.seam import AdaptedLayer
@@ -50,8 +51,11 @@ def describe(
         }
         for site in found
     }
+    pair = getattr(found[0].adapter(task), "shared", None)
+    drawn = {} if pair is None or pair.stored else {"shared": pair.described()}
     return {
         "schema": SCHEMA,
+        **drawn,
         "task": task,
         "root": root,
         "method": type(first).__name__,
@@ -108,6 +112,10 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
         raise AdapterError(
             f"{path}: field 'trained_in_full' of its description is {described['trained_in_full']!r}, where a list of "
             "names is expected"
+        )
+    if not isinstance(described.get("shared"), dict | None):
+        raise AdapterError(
+            f"{path}: field 'shared' of its description is {described['shared']!r}, where an object is expected"
         )
     if not isinstance(described.get("not_for_peft"), str | None):
         raise AdapterError(
@@ -176,6 +184,21 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
         return {name: method.at(values["r"], values["alpha"]) for name, values in described["sites"].items()}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(f"{path}: hyperparameters of {described['method']}: {error}") from None
+
+
+def redrawn(described: Mapping[str, Any], path: object) -> dict[str, Tensor]:
+    """Return what the adapters of a description share and its file leaves out, by the adapters' names of it.
+
+    Raises:
+        AdapterError: If it cannot be drawn again as it was.
+    """
+    if described.get("shared") is None:
+        return {}
+    method = next(iter(methods_of(described, path).values()))
+    try:
+        return {SHARED + name: tensor for name, tensor in method.redrawn(described["shared"]).items()}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise AdapterError(f"{path}: {error}") from None
 
 
 def fingerprint(found: list[Site]) -> dict[str, str | None]:

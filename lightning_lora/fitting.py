@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lightning_lora.adapter import Adapter, fits, stored_factors
 from lightning_lora.candidates import Candidate
 from lightning_lora.files import AdapterError, some
 from lightning_lora.layout import Layout
@@ -76,7 +77,8 @@ def fit_factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str
     used = set(file.full.values())
     for one, name in zip(chosen, file.methods, strict=True):
         try:
-            shapes = _shapes(file, name, one.layout, one.size)
+            blank = _blank(file, name, one.layout, one.size)
+            shapes = _shapes(file, name, blank, one.size)
         except (RuntimeError, TypeError):
             r = file.methods[name].r
             raise AdapterError(
@@ -85,9 +87,11 @@ def fit_factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str
         for factor, shape in shapes.items():
             key = file.stored[name].key(factor)
             tensor = file.tensors.get(key)
+            if tensor is None and factor not in stored_factors(blank):
+                continue  # PEFT leaves it out too, and does not say for which sizes it was drawn: those of the model
             if tensor is None:
                 raise AdapterError(f"{file.path}: {key} is missing: copy or save the folder again")
-            if tensor.shape != shape:
+            if not fits(factor, tensor.shape, shape):
                 raise AdapterError(
                     f"{file.path}: {key} has shape {list(tensor.shape)}, but {list(shape)} is expected: "
                     f"r={file.methods[name].r} on a {' x '.join(map(str, one.shape))} matrix"
@@ -95,7 +99,7 @@ def fit_factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str
             if not tensor.is_floating_point():
                 raise AdapterError(f"{file.path}: {key} is stored as {tensor.dtype}, not as floating point")
             used.add(key)
-        yield {factor: file.factor(name, factor) for factor in shapes}
+        yield {factor: file.factor(name, factor) for factor in shapes if file.has(name, factor)}
     extra = sorted(set(file.tensors) - used)
     if extra:
         raise AdapterError(f"{file.path}: it holds tensors that belong to no adapted module: {some(extra)}")
@@ -167,17 +171,25 @@ def _layout(form: type[Form], dims: int, transposed: bool) -> Layout:
 def _fitting(file: AdapterFile, name: str, owners: list[Stored], layout: Layout, size: tuple[int, ...]) -> list[Stored]:
     """Return those owners whose tensors have the shapes that an adapter on a weight of this size has."""
     try:
-        shapes = _shapes(file, name, layout, size)
+        shapes = _shapes(file, name, _blank(file, name, layout, size), size)
     except (RuntimeError, TypeError):
         return []
     there = [{factor: file.tensors.get(one.key(factor)) for factor in shapes} for one in owners]
-    alike = [all(t is not None and t.shape == shapes[factor] for factor, t in tensors.items()) for tensors in there]
-    return [one for one, fits in zip(owners, alike, strict=True) if fits]
+    alike = [
+        all(t is not None and fits(name, t.shape, shapes[name]) for name, t in tensors.items()) for tensors in there
+    ]
+    return [one for one, is_alike in zip(owners, alike, strict=True) if is_alike]
 
 
-def _shapes(file: AdapterFile, name: str, layout: Layout, size: tuple[int, ...]) -> dict[str, torch.Size]:
-    """Return the shape in the file of each factor that an adapter on a weight of this size has."""
-    meta, dtype = torch.device("meta"), torch.float32
-    blank = file.methods[name].build(layout.shape(size), seed=0, device=meta, dtype=dtype, layout=layout)
+def _blank(file: AdapterFile, name: str, layout: Layout, size: tuple[int, ...]) -> Adapter:
+    """Return the adapter that a site has on a weight of this size, without values."""
+    method = file.methods[name]
+    blank = method.build(layout.shape(size), seed=0, device=torch.device("meta"), dtype=torch.float32, layout=layout)
+    method.attach({name: blank})
+    return blank
+
+
+def _shapes(file: AdapterFile, name: str, blank: Adapter, size: tuple[int, ...]) -> dict[str, torch.Size]:
+    """Return the shape in the file of each of an adapter's factors."""
     form = file.stored[name].form
     return {factor: form.stored(factor, tensor, size).shape for factor, tensor in blank.state_dict().items()}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_lora.adapter import Adapter
 from lightning_lora.candidates import Candidate
 from lightning_lora.layers import kind_of, swap_layer, swap_readers
 from lightning_lora.layers.linear import AdaptedLinear
@@ -18,6 +19,7 @@ from lightning_lora.layers.seam import Called, replaced_forward, unswap
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.quantized import allow_inference_kernels, dense_weight, format_of, keep_differentiable
+from lightning_lora.sharing import join_shared
 from lightning_lora.sites import Site, Slot, clean, sites, slots_of
 from lightning_lora.state import mark_trained_in_full, marked, unmark
 from lightning_lora.targets import Parts, choose_values, find_modules_to_save, find_targets
@@ -79,6 +81,7 @@ def inject(
         for one in targets
     }
     insert(model, [(one, methods[one.site.name]) for one in targets], task, seed=seed, dtype=dtype)
+    join_shared(model, task)
     for site in sites(model, task):
         if site.adapter(task).waits_for_weight:
             site.adapter(task).start(site.slot.layout.matrix(dense_weight(site.module, site.parameter)))
@@ -122,22 +125,24 @@ def insert(
     _check_not_sharded([one.site for one, _ in new])
     _check_one_method(model, [method for _, method in new], task)
     seed = torch.initial_seed() if seed is None else seed
-    if new:
-        _freeze(model)
-        keep_differentiable(model)
+    built: dict[str, Adapter] = {}
     for one, method in new:
         weight = getattr(one.site.module, one.site.parameter)
-        slot = _slot(one)
-        slot[task] = method.build(
+        built[one.site.name] = method.build(
             one.shape,
             seed=_seed_of(seed, one.site.name),
             device=weight.device,
             dtype=dtype or _adapter_dtype(weight),
             layout=one.layout,
         )
-        slot.train(one.site.module.training)
     if new:
-        new[0][1].attach({site.name: site.adapter(task) for site in sites(model, task)})
+        new[0][1].attach({site.name: site.adapter(task) for site in sites(model, task)} | built)
+        _freeze(model)
+        keep_differentiable(model)
+    for one, _ in new:
+        slot = _slot(one)
+        slot[task] = built[one.site.name]
+        slot.train(one.site.module.training)
     swap_readers(model)
     for site in sites(model):
         site.slot.active = (task,)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapter import SHARED
 from lightning_lora.candidates import Candidate, candidates
-from lightning_lora.description import check_description, fingerprint, layouts_of, methods_of, tied_of
+from lightning_lora.description import check_description, fingerprint, layouts_of, methods_of, redrawn, tied_of
 from lightning_lora.files import AdapterError, read_tensors, some
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
 from lightning_lora.inject import check_task_name, insert, remove
@@ -19,6 +20,7 @@ from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.saving import OUTSIDE
+from lightning_lora.sharing import join_shared, part_shared
 from lightning_lora.sites import Site, join, named_submodules, sites
 from lightning_lora.state import mark_trained_in_full
 
@@ -87,8 +89,12 @@ def load_adapter(
         raise AdapterError(f"{path}: {error}") from None
     found = [site for site in sites(model, task) if site.name in values]
     with torch.no_grad():
+        part_shared(model, task)
         for site in found:
-            site.adapter(task).load_state_dict(values[site.name])
+            adapter = site.adapter(task)
+            drawn = {name: tensor for name, tensor in adapter.state_dict().items() if name.startswith(SHARED)}
+            adapter.load_state_dict(drawn | values[site.name])
+        join_shared(model, task)
         for name, value in entries.items():
             module, _, entry = name.rpartition(".")
             mark_trained_in_full(modules[module], [entry])
@@ -124,6 +130,7 @@ def adopt(
     ]
     if not allow_base_mismatch:
         check_base(path, [one.site for one, _ in targets], [v.get("base") for v in described["sites"].values()])
+    redrawn(described, path)
     insert(model, targets, described["task"])
     modules = named_submodules(model)
     for name in described["trained_in_full"]:
@@ -183,6 +190,7 @@ def check_same(
     if not allow_base_mismatch:
         found = sites(model, task)
         check_base(path, found, [described["sites"][site.name].get("base") for site in found])
+    redrawn(described, path)
 
 
 def locate(file: AdapterFile, available: Iterable[str]) -> str:

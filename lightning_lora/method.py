@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.layout import Layout
@@ -70,6 +71,17 @@ class Method(ABC):
             ValueError: If the new ones do not fit those that were there.
         """
         return
+
+    def redrawn(self, described: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return what adapters share, by its name there, where a file holds a description in its place.
+
+        Args:
+            described: What `Shared.described` returned.
+
+        Raises:
+            ValueError: If what is drawn is not what it was.
+        """
+        raise ValueError(f"the adapters of {type(self).__name__} share nothing that is drawn again")
 
     def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:
         """Return what the method does around the steps of an optimizer in one run.

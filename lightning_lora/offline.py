@@ -216,11 +216,18 @@ def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -
     try:
         if layout is not None and size is not None:
             shape = layout.shape(size)
+        elif "lora_A" not in file.stored[name].form.ends:
+            raise AdapterError(
+                f"{file.path}: PEFT's files do not hold the size of {name}: load it into the model, with load_adapter, "
+                "and save it from there, with save_adapter"
+            )
         else:
             shape = (*file.factor(name, "lora_B").shape[:-1], file.factor(name, "lora_A").shape[-1])
         meta = torch.device("meta")
         layout = layout or Layout(looked_up=file.stored[name].form is EmbeddingForm)
-        adapter = file.methods[name].build(shape, seed=0, device=meta, dtype=dtype, layout=layout)
+        method = file.methods[name]
+        adapter = method.build(shape, seed=0, device=meta, dtype=dtype, layout=layout)
+        method.attach({name: adapter})
         values = {factor: file.factor(name, factor).to(dtype) for factor in adapter.state_dict()}
         adapter.load_state_dict(values, assign=True)
     except AdapterError:

@@ -35,6 +35,7 @@ NO_METHOD = "PEFT does not have"
 PARTS = "PEFT has no adapter for a part of a matrix"
 ONE_RANK = "PEFT's AdaLoRA starts with one rank and one alpha everywhere"
 LAST_DOUBLING = "0.21.2"  # the last PEFT that adds the change of an attention's out_proj twice
+_PATTERNS = {"LORA": ("rank_pattern", "alpha_pattern"), "ADALORA": ("rank_pattern", "alpha_pattern")}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -166,12 +167,16 @@ def _fields(network: nn.Module, found: Mapping[str, Site], parameters: set[str],
 def _values(found: Mapping[str, Site], methods: Mapping[str, Method], parameters: set[str]) -> dict[str, Any]:
     """Return what the config says of the method."""
     common = Counter(methods.values()).most_common(1)[0][0]
+    config = common.peft_config() or {}
     keys = {name: _exactly(name if name in parameters else _module(name)) for name in found}
-    transposed = any(found[name].slot.layout.transposed for name in found if name not in parameters)
-    return {
-        **(common.peft_config() or {}),
+    patterns = {
         "rank_pattern": {keys[name]: method.r for name, method in methods.items() if method.r != common.r},
         "alpha_pattern": {keys[name]: method.alpha for name, method in methods.items() if method.alpha != common.alpha},
+    }
+    transposed = any(found[name].slot.layout.transposed for name in found if name not in parameters)
+    return {
+        **config,
+        **{name: pattern for name, pattern in patterns.items() if name in _PATTERNS.get(config["peft_type"], ())},
         **({"fan_in_fan_out": True} if transposed else {}),
     }
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapter import SHARED
 from lightning_lora.layers import kind_in_use, kind_of
 from lightning_lora.layers.attention import AdaptedMultiheadAttention
 from lightning_lora.layers.convolution import AdaptedConvolution
@@ -25,7 +26,8 @@ class Form:
     ``ends``, or has forms of its own beside these; nothing else looks at the names in a file.
 
     Attributes:
-        ends: What follows the layer's name in a tensor's name, by the adapter's own name of the factor.
+        ends: What follows the layer's name in a tensor's name, by the adapter's own name of the factor; of a shared
+            one it is the whole name.
     """
 
     ends: ClassVar[Mapping[str, str]] = {
@@ -139,10 +141,23 @@ class TripletForm(Form):
     ends: ClassVar[Mapping[str, str]] = {"lora_A": "lora_A", "lora_E": "lora_E", "lora_B": "lora_B"}
 
 
-LINEAR_FORMS = (Form, TripletForm)
+class VectorForm(Form):
+    """VeRA's vectors of a linear layer, and the projections that all layers share, which have names without a layer."""
+
+    ends: ClassVar[Mapping[str, str]] = {
+        "vera_lambda_d": "vera_lambda_d",
+        "vera_lambda_b": "vera_lambda_b",
+        "shared.vera_A": "base_model.vera_A",
+        "shared.vera_B": "base_model.vera_B",
+    }
+
+
+LINEAR_FORMS = (Form, TripletForm, VectorForm)
+_ON_LINEAR_LAYERS_ONLY = {"ADALORA": ("AdaLoRA", TripletForm), "VERA": ("VeRA", VectorForm)}
 FORMS: dict[str, type[Form]] = {
     "linear": Form,
     "triplets": TripletForm,
+    "vectors": VectorForm,
     "embedding": EmbeddingForm,
     "convolution": ConvolutionForm,
     "parameter": ParameterForm,
@@ -161,8 +176,8 @@ class Stored(NamedTuple):
     form: type[Form]
 
     def key(self, factor: str) -> str:
-        """Return the name of a factor's tensor."""
-        return join(self.owner, self.form.end(factor))
+        """Return the name of a factor's tensor, which for a shared one is the same at every site."""
+        return join("" if factor.startswith(SHARED) else self.owner, self.form.end(factor))
 
 
 def layer_form(module: nn.Module, parameter: str, peft_type: str = "LORA") -> tuple[type[Form] | None, str]:
@@ -177,10 +192,9 @@ def layer_form(module: nn.Module, parameter: str, peft_type: str = "LORA") -> tu
         The form; or None, and in what PEFT differs from this library there.
     """
     kind, plain = kind_in_use(module), plain_class(module)
-    if peft_type == "ADALORA":
-        return (
-            (TripletForm, "") if issubclass(kind, AdaptedLinear) else (None, "PEFT has AdaLoRA on linear layers only")
-        )
+    if peft_type in _ON_LINEAR_LAYERS_ONLY:
+        name, form = _ON_LINEAR_LAYERS_ONLY[peft_type]
+        return (form, "") if issubclass(kind, AdaptedLinear) else (None, f"PEFT has {name} on linear layers only")
     if issubclass(kind, AdaptedLinear):
         return Form, ""
     if issubclass(kind, AdaptedMultiheadAttention) and parameter == "in_proj_weight":

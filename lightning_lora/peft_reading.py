@@ -12,12 +12,21 @@ from torch import Tensor
 from lightning_lora.files import AdapterError
 from lightning_lora.method import Method, known_methods
 from lightning_lora.peft_format import LAST_DOUBLING, PREFIX
-from lightning_lora.peft_layers import ConvolutionForm, EmbeddingForm, Form, ParameterForm, Stored, TripletForm
+from lightning_lora.peft_layers import (
+    ConvolutionForm,
+    EmbeddingForm,
+    Form,
+    ParameterForm,
+    Stored,
+    TripletForm,
+    VectorForm,
+)
 from lightning_lora.sites import join
 
 _FIRST_STACKS = "0.20.0"  # the first PEFT whose stacks lie as (n, out, in) unless the module says otherwise
 _LITERAL_NAME = re.compile(r"\^?(\w|\\?[-.])+\$?", re.ASCII)
-_DOWN = re.compile(r"\.(lora_A(\.weight)?|lora_embedding_A)$")
+_FIRST = re.compile(r"\.(lora_A(\.weight)?|lora_embedding_A|vera_lambda_d)$")  # each adapter has one of these
+_FACTOR = re.compile(r"\.(lora|vera)_[A-Za-z_]+(\.weight)?$")
 
 
 def read_config(fields: Mapping[str, Any], path: object) -> Method:
@@ -33,7 +42,10 @@ def read_config(fields: Mapping[str, Any], path: object) -> Method:
             raise AdapterError(f"{path}: {error}") from None
         if method is not None:
             return method
-    raise AdapterError(f"{path}: peft_type={fields.get('peft_type')!r} is not supported; known: ADALORA, LORA")
+    kinds = {config["peft_type"] for cls in known_methods().values() if (config := cls().peft_config())}
+    raise AdapterError(
+        f"{path}: peft_type={fields.get('peft_type')!r} is not supported; known: {', '.join(sorted(kinds))}"
+    )
 
 
 def read_sites(
@@ -90,6 +102,8 @@ def _layer(
     form: type[Form]
     if f"{owner}.lora_E" in tensors:
         return join(module, "weight"), (method, Stored(owner, TripletForm))
+    if f"{owner}.vera_lambda_d" in tensors:
+        return join(module, "weight"), (method, Stored(owner, VectorForm))
     if f"{owner}.lora_embedding_A" in tensors:
         form, down = EmbeddingForm, tensors[f"{owner}.lora_embedding_A"]
     else:
@@ -116,7 +130,7 @@ def _owners(tensors: Iterable[str]) -> dict[str, list[str]]:
 
 def _adapted(tensors: Iterable[str]) -> list[str]:
     """Return the adapted modules by the names that PEFT gives them in a file."""
-    return [_DOWN.sub("", name) for name in tensors if _DOWN.search(name)]
+    return [_FIRST.sub("", name) for name in tensors if _FIRST.search(name)]
 
 
 def _target_parameters(fields: Mapping[str, Any], module: str) -> list[str]:
@@ -182,9 +196,7 @@ def full_entries(tensors: Iterable[str]) -> dict[str, str]:
     """Return the entries that are not adapters among a folder's tensors: PEFT's name by their name in the network."""
     adapted = _adapted(tensors)
     return {
-        _without_base_layers(name, adapted).removeprefix(PREFIX): name
-        for name in tensors
-        if not re.search(r"\.lora_[A-Za-z_]+(\.weight)?$", name)
+        _without_base_layers(name, adapted).removeprefix(PREFIX): name for name in tensors if not _FACTOR.search(name)
     }
 
 

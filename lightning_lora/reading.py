@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_lora import peft_format, peft_reading
-from lightning_lora.description import check_description, layouts_of, methods_of, sizes_of, tied_of
+from lightning_lora.description import check_description, layouts_of, methods_of, redrawn, sizes_of, tied_of
 from lightning_lora.files import AdapterError, parse_json, read_tensors
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
@@ -52,6 +52,10 @@ class AdapterFile(NamedTuple):
     tensors: dict[str, Tensor]
     not_for_peft: str | None
     fan_in_fan_out: bool
+
+    def has(self, site: str, name: str) -> bool:
+        """Tell whether the file holds a factor of a site."""
+        return self.stored[site].key(name) in self.tensors
 
     def factor(self, site: str, name: str) -> Tensor:
         """Return one factor of one site as the adapter has it.
@@ -160,6 +164,8 @@ def read_adapter(folder: Path) -> AdapterFile:
         )
     check_description(described, folder)
     stored, full = _places(described)
+    first = next(iter(stored.values()))
+    tensors |= {first.key(name): tensor for name, tensor in redrawn(described, folder).items()}
     return AdapterFile(
         path=folder,
         root=described["root"],

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lightning_lora import peft_format
+from lightning_lora.adapter import stored_factors
 from lightning_lora.description import describe, fingerprint
 from lightning_lora.files import SCHEMA, to_bytes, write_folder
 from lightning_lora.merge import check_not_merged
@@ -109,7 +110,7 @@ def _network_files(
     for name, site in found.items():
         module, _, key = site.name.rpartition(".")
         size = tuple(described["sites"][name]["size"])
-        for factor in site.adapter(task).state_dict():
+        for factor in stored_factors(site.adapter(task)):
             stored = expressed.stored[name]
             live = state[join(module, "adapters", key, task, factor)]
             tensors[stored.key(factor)] = stored.form.stored(factor, live, size)

@@ -43,14 +43,14 @@ def unmark(model: nn.Module) -> None:
 def own_entries(model: nn.Module) -> set[str]:
     """Return the state-dict keys of the adapters and of everything else that training changes.
 
-    These are all parameters and buffers of adapters, what is trained in full, the buffers that the model keeps on
-    itself, and what modules add by ``get_extra_state``.
+    These are all parameters and buffers of adapters but for shared ones that are drawn again, what is trained in full,
+    the buffers that the model keeps on itself, and what modules add by ``get_extra_state``.
     """
     added = added_modules(model)
     adapters = {
         join(prefix, name)
         for prefix, module in model.named_modules(remove_duplicate=False)
-        if id(module) in added
+        if id(module) in added and getattr(module, "stored", True)
         for name in (*module._parameters, *_buffers(module))
     }
     extra = {

@@ -78,10 +78,11 @@ from triggers import (
 from lightning_lora import (
     AdapterEMA,
     AdapterError,
-    DoRA,
     DeltaLoRA,
+    DoRA,
     LoRA,
     LoRACallback,
+    VeRA,
     inject,
     load_adapter,
     load_from_checkpoint,
@@ -136,6 +137,30 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "start_step=-2: must be a whole number of at least -1, which changes the base from the first step on; "
         "start_step=500 leaves 501 steps plain": lambda: DeltaLoRA(start_step=-2),
+    },
+    ("methods/vera", ValueError): {
+        "r=0: the rank must be a whole number of at least 1, for example r=256": lambda: VeRA(r=0),
+        "d_init=0: must be a finite number other than 0, at which b would get no gradient, for example d_init=0.1": (
+            lambda: VeRA(d_init=0)
+        ),
+        "projection_seed=-1: must be a whole number of at least 0, such as 0": lambda: VeRA(projection_seed=-1),
+        "save_projection=1: must be True or False": lambda: VeRA(save_projection=1),  # type: ignore[arg-type]
+        "dropout=1.5: must be at least 0 and below 1, for example dropout=0.05": lambda: VeRA(dropout=1.5),
+        "alpha=8.0: VeRA has no alpha / r scale: leave alpha_pattern out": (
+            lambda: inject(net(), VeRA(), alpha_pattern={"first": 8.0})
+        ),
+        "first.weight has r=3 and second.weight has r=256: VeRA has no per-layer rank, because all layers share A and "
+        "B: leave rank_pattern out": lambda: inject(net(), VeRA(), rank_pattern={"first": 3}),
+        "second.weight is 3 x 8, but the projections that its task shares were drawn for at most 8 x 4, and larger "
+        "ones would be other random numbers for every layer: give all target_modules to the first call, or give this "
+        "one another task name": lambda: [inject(model := net(), VeRA(), ["first"]), inject(model, VeRA(), ["second"])],
+        "its projections are not in it, and projection_seed=0 draws others with PyTorch ... than with 1.13, which "
+        "wrote it: load it there and save it with save_projection=True": (
+            lambda: VeRA().redrawn({"out_features": 2, "in_features": 2, "torch": "1.13", "sha256": "0"})
+        ),
+    },
+    ("method", ValueError): {
+        "the adapters of LoRA share nothing that is drawn again": lambda: LoRA().redrawn({}),
     },
     ("layout", ValueError): {
         "layout: groups=0 is no field of a layout, or out of its range": lambda: Layout.from_description({"groups": 0}),
@@ -466,13 +491,19 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "best.adapter: field 'not_for_peft' of its description is 7, where a sentence is expected": (
             lambda: load_adapter(net(), changed(not_for_peft=7))
         ),
+        "best.adapter: field 'shared' of its description is 7, where an object is expected": (
+            lambda: load_adapter(net(), changed(shared=7))
+        ),
+        "best.adapter: the adapters of LoRA share nothing that is drawn again": (
+            lambda: load_adapter(net(), changed(shared={"out_features": 8}))
+        ),
         "best.adapter: method 'BoRA' is unknown here; known: ...: import the module that defines it, or upgrade "
         "lightning_lora": lambda: load_adapter(net(), changed(method="BoRA")),
         "best.adapter: hyperparameters of LoRA: r=0: the rank must be a whole number of at least 1, for example "
         "r=8": lambda: load_adapter(net(), changed(site={"r": 0})),
     },
     ("peft_reading", AdapterError): {
-        "best.adapter: peft_type='IA3' is not supported; known: LORA": (
+        "best.adapter: peft_type='IA3' is not supported; known: ...": (
             lambda: load_adapter(net(), by_peft(peft_type="IA3"))
         ),
         "best.adapter: dropout=2: must be at least 0 and below 1, for example dropout=0.05": (
@@ -640,6 +671,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "best.adapter holds 2 networks: export one of best.adapter/one, best.adapter/two": (
             lambda: export(saved(two_networks()), Path("portable"))
         ),
+        "best.adapter: PEFT's files do not hold the size of first.weight: load it into the model, with load_adapter, "
+        "and save it from there, with save_adapter": lambda: [*inspect(by_peft(method=VeRA(r=2)))],
         "best.adapter has no portable form: first.weight is not the weight of a linear layer; merge it into the "
         "base instead, or give the folder to PEFT as it is": (
             lambda: export(saved(net(first=nn.Conv1d(4, 8, 1)), target_modules=["first"]), Path("portable"))

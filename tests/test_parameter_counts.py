@@ -33,7 +33,6 @@ class Network:
     def build(self, targets: list[str]) -> nn.Module:
         """Return the blocks with the layers that are needed."""
 
-
         def linear(out_features: int, in_features: int) -> nn.Module:
             return nn.Linear(in_features, out_features, bias=False, device="meta")
 
@@ -43,7 +42,7 @@ class Network:
 
 
 def encoder(blocks: int, width: int, parameters: int | None = None) -> Network:
-    square = {name: (width, width) for name in ("q", "k", "v", "o")}
+    square = dict.fromkeys(("q", "k", "v", "o"), (width, width))
     return Network(blocks, {**square, "up": (4 * width, width), "down": (width, 4 * width)}, parameters)
 
 

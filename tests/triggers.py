@@ -70,9 +70,14 @@ def changed(tensors: Mapping[str, Any] = {}, site: Mapping[str, Any] = {}, model
     return weights.parent
 
 
-def by_peft(tensors: dict[str, Tensor] | None = None, model: nn.Module | None = None, **fields: Any) -> Path:
+def by_peft(
+    tensors: dict[str, Tensor] | None = None,
+    model: nn.Module | None = None,
+    method: Method = LoRA(r=2, alpha=4),  # noqa: B008
+    **fields: Any,
+) -> Path:
     """A saved adapter as PEFT would write it, perhaps with other tensors or other fields in its config."""
-    folder = saved(model)
+    folder = saved(model, method=method)
     present, _ = read_tensors(folder / WEIGHTS)
     safetensors.torch.save_file(tensors or present, folder / WEIGHTS, {"format": "pt"})
     config = json.loads((folder / CONFIG).read_text())

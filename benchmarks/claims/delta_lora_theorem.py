@@ -10,8 +10,8 @@ import torch
 from record import Claim, Measured, show
 from torch import Tensor, nn
 
-from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora import LoRA, Method, inject, merge_, param_groups, sites
+from lightning_lora.methods.delta_lora import DeltaLoRA
 
 CLAIM = Claim(
     title="Delta-LoRA is LoRA with a larger alpha",
@@ -123,7 +123,10 @@ def table(measured: Measured) -> str:
         f"\n| {names[start]} | {run['loop']:.0e} | {run['lora']:.0e} | {run['moved']:.2f} | {run['rank']} |"
         for start, run in measured.items()
     )
-    return "| W follows | from the loop | from LoRA, 3 alpha | from the start | rank of the change |\n|---|---|---|---|---|" + rows
+    return (
+        "| W follows | from the loop | from LoRA, 3 alpha | from the start | rank of the change |\n|---|---|---|---|---|"
+        + rows
+    )
 
 
 def draw(measured: Measured, axes: Any) -> None:
@@ -131,7 +134,12 @@ def draw(measured: Measured, axes: Any) -> None:
     for offset, (key, name) in enumerate({"loop": "from the paper's loop", "lora": "from LoRA with 3 alpha"}.items()):
         heights = [max(measured[start][key], 1e-18) for start in ("-1", "20")]
         axes.bar([0.4 * offset, 1 + 0.4 * offset], heights, 0.35, label=name)
-    axes.set(yscale="log", xticks=[0.2, 1.2], xticklabels=["from the first step", "after 20 steps"], ylabel="largest difference")
+    axes.set(
+        yscale="log",
+        xticks=[0.2, 1.2],
+        xticklabels=["from the first step", "after 20 steps"],
+        ylabel="largest difference",
+    )
     axes.legend()
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from record import Claim, Measured, show
 from tiny_lm import SETTING, fine_tune
 
-from lightning_lora.methods.dora import DoRA
 from lightning_lora import LoRA
+from lightning_lora.methods.dora import DoRA
 
 CLAIM = Claim(
     title="DoRA needs no gradient through the norm",

@@ -10,8 +10,8 @@ from record import Claim, Measured, numbers, show
 from torch import nn
 from training import fit
 
-from lightning_lora.methods.dora import DoRA
 from lightning_lora import LoRA, Method, inject, merge_
+from lightning_lora.methods.dora import DoRA
 
 CLAIM = Claim(
     title="DoRA learns what LoRA cannot at this rank",

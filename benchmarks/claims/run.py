@@ -37,7 +37,9 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
     record = json.loads(MEASURED.read_text()) if MEASURED.exists() else {"scripts": {}}
-    record["environment"] = f"Python {platform.python_version()}, torch {torch.__version__}, one thread of {os.cpu_count()} cores ({platform.machine()})"
+    record["environment"] = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, one thread of {os.cpu_count()} cores ({platform.machine()})"
+    )
     pretrained()  # kept from then on, and not counted
     scripts = {name: import_module(name) for name in SCRIPTS}
     for name in names or SCRIPTS:

@@ -157,5 +157,7 @@ def fine_tune(method: Method, *, lr: float, steps: int = 250, lr_ratio: float = 
     inject(model, method, TARGETS, seed=seed)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     first = 1_000_000 * (seed + 1)
-    losses = fit(model, method, lambda step: model(new.sample(BATCH, seed=first + step)), steps=steps, lr=lr, lr_ratio=lr_ratio)
+    losses = fit(
+        model, method, lambda step: model(new.sample(BATCH, seed=first + step)), steps=steps, lr=lr, lr_ratio=lr_ratio
+    )
     return Run(model, trained, losses, loss_on(new, model), loss_on(old, model))
