@@ -37,6 +37,8 @@ from lightning_lora import (
 )
 from lightning_lora.adapter import Adapter
 from lightning_lora.files import read_tensors
+from lightning_lora.layers import kind_in_use
+from lightning_lora.layers.linear import AdaptedLinear
 
 NESTED_TENSORS_ARE_A_PROTOTYPE = "ignore:The PyTorch API of nested tensors:UserWarning"
 pytestmark = pytest.mark.filterwarnings(NESTED_TENSORS_ARE_A_PROTOTYPE)
@@ -446,13 +448,17 @@ def test_a_saved_adapter_gives_a_fresh_base_the_same_outputs(
 def test_the_folder_is_pefts_where_peft_can_express_it_and_says_why_where_not(
     kind: str, method: Method, tmp_path: Path
 ) -> None:
-    save_adapter(adapted(kind, method), tmp_path / "adapter")
+    model = adapted(kind, method)
+    save_adapter(model, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     described = read_tensors(tmp_path / "adapter" / "adapter_model.safetensors")[1]
     why, in_peft = described.get("not_for_peft", ""), method.peft_config()
     expected = KINDS[kind].beyond_peft if in_peft else "PEFT does not have"
     if (in_peft or {}).get("use_dora") and any(site.get("form") == "parameter" for site in described["sites"].values()):
         expected = expected or "PEFT's target_parameters takes no DoRA"
+    on_linear_layers = all(issubclass(kind_in_use(site.module), AdaptedLinear) for site in sites(model))
+    if in_peft and in_peft["peft_type"] != "LORA" and not on_linear_layers:
+        expected = f"PEFT has {type(method).__name__} on linear layers only"
     assert why.startswith(expected) if expected else not why
     assert config["peft_type"] == ("LIGHTNING_LORA" if why else in_peft["peft_type"])
 
