@@ -108,7 +108,7 @@ class Adapter(nn.Module):
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return ``x`` after the adapter's dropout; an index passes."""
-        return F.dropout(x, self.dropout, self.training) if self.dropout and x.is_floating_point() else x
+        return F.dropout(x, self.dropout) if self.dropout and self.training and x.is_floating_point() else x
 
     def forward(self, compute: Callable[..., T], *args: object) -> T:
         """Run ``compute(self, *args)`` as this module's forward.

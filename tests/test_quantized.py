@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from lightning_lora import (
     AdapterError,
+    DoRA,
     LoRA,
     LoRACallback,
+    Method,
     dequantize_,
     inject,
     load_adapter,
@@ -411,10 +413,10 @@ class Net(nn.Module):
 TARGETS = ["first", "second"]
 
 
-def adapt(net: nn.Module) -> nn.Module:
+def adapt(net: nn.Module, method: Method = LoRA(r=4)) -> nn.Module:  # noqa: B008
     """Adapt the packed layers, with a B that is not zero, and train the layer below them in full."""
     torch.manual_seed(2)
-    for site in inject(net, LoRA(r=4), TARGETS, modules_to_save=["below"], seed=0):
+    for site in inject(net, method, TARGETS, modules_to_save=["below"], seed=0):
         nn.init.normal_(site.adapter("default").lora_B, std=0.05)
     return net
 
@@ -424,7 +426,7 @@ def twin(net: Any) -> Net:
     other = Net(None)
     for name in TARGETS:
         getattr(other, name).weight.data = decoded(getattr(net, name)).float()
-    other = adapt(other)
+    other = adapt(other, sites(net)[0].adapter("default").method)
     ours = {name: value for name, value in net.state_dict().items() if "adapters" in name}
     other.load_state_dict(ours, strict=False)
     return other.double()
@@ -560,6 +562,27 @@ def test_packed_embeddings_are_refused(layer):
     ):
         inject(net, LoRA(r=2), ["0"])
     assert not sites(net)
+
+
+@every_format
+def test_dora_starts_as_the_packed_base_and_then_computes_as_on_the_dense_one(form):
+    x, plain, net = torch.randn(5, 8), Net(form), Net(form)
+    inject(net, DoRA(r=4), TARGETS, seed=0)
+    for mode in (False, True, False):
+        assert torch.equal(net.train(mode)(x), plain.train(mode)(x))
+    net = adapt(Net(form), DoRA(r=4, dropout=0.1)).train(False)
+    with torch.no_grad():
+        for site in sites(net):
+            site.adapter("default").magnitude.mul_(torch.rand(site.adapter("default").magnitude.shape) + 0.5)
+    reference = twin(net).eval()
+    tolerance = 0.03 if form == "int8 of bitsandbytes" else 1e-5
+    for model, dtype in ((net, torch.float32), (reference, torch.float64)):
+        model(x.to(dtype)).square().sum().backward()
+    assert distance(net(x), reference(x.double())) < tolerance
+    for name, gradient in gradients(net).items():
+        assert distance(gradient, gradients(reference)[name]) < 3 * tolerance, name
+    dropping = [net.train()(x) for _ in range(2)]
+    assert not torch.equal(*dropping)
 
 
 # Merging --------------------------------------------------------------------------------------------------------------
