@@ -22,7 +22,7 @@ from lightning_lora.adapter import Adapter, Role
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 
-_BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # numbers of entries of W + scaling * up @ down that exist at a time
+_BLOCK_ON_CPU, _BLOCK = 2**17, 2**24  # numbers of entries of W + scaling * up @ down that exist at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +154,10 @@ class WithMagnitude(Adapter):
         block = _BLOCK_ON_CPU if weight.device.type == "cpu" else _BLOCK
         rows = max(1, block * weight.shape[-2] // max(1, weight.numel()))
         with torch.autocast(weight.device.type, enabled=False):
+            up, down = self.scaling * up.to(wide), down.to(wide)
             norms = [
-                torch.linalg.vector_norm(self.scaling * (some @ down.to(wide)) + part, dim=-1, dtype=widest)
-                for part, some in zip(torch.split(weight, rows, -2), torch.split(up.to(wide), rows, -2), strict=True)
+                torch.linalg.vector_norm((some @ down).add_(part), dim=-1, dtype=widest)
+                for part, some in zip(torch.split(weight, rows, -2), torch.split(up, rows, -2), strict=True)
             ]
             per_row = torch.cat(norms, -1)
         if self.layout.kernel > 1:
