@@ -36,6 +36,8 @@ from lightning_lora.schedule import Schedule
 if TYPE_CHECKING:
     from lightning_lora.sites import Site
 
+_PEFTS_GUARD = 1e-5  # PEFT divides alpha by the rank plus this
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Method):
@@ -137,13 +139,13 @@ class AdaLoRA(Method):
         return "AdaLoRA's P and Q are both random and its zero factor is Lambda; LoRA+ is defined for a zero B"
 
     def peft_config(self) -> dict[str, Any]:
-        """Return PEFT's names for these fields; its alpha makes up for the 1e-5 that it adds to the rank."""
+        """Return PEFT's names for these fields; its alpha makes up for what it adds to the rank."""
         initial, final = self.initial_steps or 0, self.final_steps or 0
         return {
             "peft_type": "ADALORA",
             "init_r": self.r,
             "target_r": self.target_r,
-            "lora_alpha": _scale(self) * _pefts_rank(self.r),
+            "lora_alpha": _scale(self) * (self.r + _PEFTS_GUARD),
             "lora_dropout": self.dropout,
             "tinit": initial,
             "tfinal": final,
@@ -172,16 +174,11 @@ class AdaLoRA(Method):
             orthogonality=config.get("orth_reg_weight", 0.5),
             total_steps=config.get("total_step"),
         )
-        return method.at(r, config.get("lora_alpha", 8) * r / _pefts_rank(r))
+        return method.at(r, config.get("lora_alpha", 8) * r / (r + _PEFTS_GUARD))
 
 
 def _scale(method: AdaLoRA) -> float:
     return method.alpha / (math.sqrt(method.r) if method.scaling == "rsqrt" else method.r)
-
-
-def _pefts_rank(r: int) -> float:
-    """Return what PEFT divides alpha by, in fp32."""
-    return (torch.tensor(float(r)) + 1e-5).item()
 
 
 class AdaLoRAAdapter(Adapter):
