@@ -1,5 +1,5 @@
-"""The tables in docs/parameter_counts.md are counted from our adapters; ``python tests/test_parameter_counts.py`` writes
-them anew.
+"""The tables in docs/parameter_counts.md are counted from our adapters; ``python tests/test_parameter_counts.py``
+writes them anew.
 
 Each row injects a method into a model that has the linear layers of the paper's, on the meta device, and counts what is
 there. The expected number in each row was worked out by hand, from the shapes.
@@ -8,7 +8,8 @@ there. The expected number in each row was worked out by hand, from the shapes.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRA, Method, inject
+from lightning_lora import AdaLoRA, DeltaLoRA, DoRA, LoRA, Method, VeRA, inject
 
 PAGE = Path(__file__).parent.parent / "docs" / "parameter_counts.md"
 START, END = "<!-- written by tests/test_parameter_counts.py -->\n", "<!-- end -->\n"
@@ -58,6 +59,7 @@ NETWORKS = {
     "RoBERTa-base": encoder(12, 768, 124_647_939),
     "RoBERTa-large": encoder(24, 1024, 355_362_819),
     "DeBERTa-v2-XXL": encoder(48, 1536, 1_566_913_538),
+    "DeBERTa-v3-base": encoder(12, 768, 184_423_682),
     "GPT-2 medium": encoder(24, 1024, 354_823_168),
     "GPT-2 large": encoder(36, 1280, 774_030_080),
     "GPT-3": encoder(96, 12288),
@@ -69,9 +71,10 @@ NETWORKS = {
     "Llama-3.2-3B": llama(28, 3072, 8192, 3_212_749_824, keys=1024),
 }
 ALL_LINEAR = "q k v o gate up down"
+MAGNITUDES_ONLY = dict.fromkeys(("o", "gate", "up", "down"), 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One adapted model.
 
@@ -80,9 +83,12 @@ class Row:
         targets: The adapted layers.
         method: The method.
         trained: How many parameters must be trained.
-        figures: What was printed about it, each with its source: ``"0.3M (LoRA)"``, ``"2.31 % (DoRA)"``, ``"1.5 MB"``.
+        figures: What was printed about it, each with its source: ``"0.3M (LoRA)"``, ``"2.31 % (DoRA)"``, ``"1.5 MB"``,
+            ``"2.8M with what is frozen (VeRA)"``.
         why_not: Why the figures that do not follow do not.
         dtype: Type of the adapters.
+        ranks: Other ranks by layer.
+        held: How many parameters the adapters must hold with those that are frozen; None if none are.
     """
 
     network: str
@@ -92,6 +98,8 @@ class Row:
     figures: tuple[str, ...] = ()
     why_not: str = ""
     dtype: torch.dtype = torch.float32
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    held: int | None = None
 
 
 TABLES: dict[str, list[Row]] = {
@@ -140,18 +148,79 @@ TABLES: dict[str, list[Row]] = {
         Row("LLaMA3-8B", "q k v up down", LoRA(r=32), 56_623_104, ("0.70 % (DoRA)",)),
         Row("Llama-3.2-3B", "q v", LoRA(r=32), 9_175_040, ("9,175,040 (PEFT's benchmark)",)),
         Row("Llama-3.2-3B", "q v", LoRA(r=64), 18_350_080, ("18,350,080 (PEFT's benchmark)",)),
+        Row("DeBERTa-v3-base", "q k v o up down", LoRA(r=8), 1_327_104, ("1.33M (AdaLoRA)",)),
+        Row("DeBERTa-v3-base", "q k v o up down", LoRA(r=2), 331_776, ("0.33M (AdaLoRA)",)),
+        Row("RoBERTa-base", "q v", LoRA(r=1), 36_864),
+        Row("RoBERTa-base", "q v", LoRA(r=16), 589_824),
+        Row("RoBERTa-base", "q v", LoRA(r=256), 9_437_184),
+        Row("RoBERTa-large", "q v", LoRA(r=1), 98_304),
+        Row("RoBERTa-large", "q v", LoRA(r=16), 1_572_864),
+        Row("RoBERTa-large", "q v", LoRA(r=256), 25_165_824),
+        Row("GPT-3", "q v", LoRA(r=16), 75_497_472, ("75.5M (VeRA)",)),
+        Row("GPT-3", "q v", LoRA(r=256), 1_207_959_552),
     ],
+    "DoRA": [
+        Row("LLaMA-7B", "q k v up down", DoRA(r=32), 56_975_360, ("0.84 % (DoRA)",)),
+        Row("LLaMA-7B", "q k v up down", DoRA(r=16), 28_925_952, ("0.43 % (DoRA)",)),
+        Row("LLaMA-13B", "q k v up down", DoRA(r=32), 89_190_400, ("0.68 % (DoRA)",)),
+        Row("LLaMA-13B", "q k v up down", DoRA(r=16), 45_281_280, ("0.35 % (DoRA)",)),
+        Row("LLaMA3-8B", "q k v up down", DoRA(r=32), 57_409_536, ("0.71 % (DoRA)",)),
+        Row(
+            "LLaMA3-8B",
+            "q k v up down",
+            DoRA(r=16),
+            29_097_984,
+            ("0.35 % (DoRA)",),
+            "0.35 % is LoRA's share at this rank, without the magnitudes",
+        ),
+        Row("LLaMA-7B", ALL_LINEAR, DoRA(r=64), 161_267_712, ("2.33 % (DoRA)",)),
+        Row("LLaMA-7B", ALL_LINEAR, DoRA(r=32), 26_525_696, ("0.39 % (DoRA)",), ranks=MAGNITUDES_ONLY),
+        Row("LLaMA-13B", ALL_LINEAR, DoRA(r=32), 41_451_520, ("0.31 % (DoRA)",), ranks=MAGNITUDES_ONLY),
+        Row("Llama-3.2-3B", "q v", DoRA(r=32), 9_289_728, ("9,289,728 (PEFT's benchmark)",)),
+    ],
+    "VeRA": [
+        Row("RoBERTa-base", "q v", VeRA(r=1), 18_456, held=19_992),
+        Row("RoBERTa-base", "q v", VeRA(r=16), 18_816, held=43_392),
+        Row("RoBERTa-base", "q v", VeRA(r=256), 24_576, held=417_792),
+        Row("RoBERTa-base", "q v", VeRA(r=1024), 43_008, ("0.043M (VeRA)",), held=1_615_872),
+        Row("RoBERTa-large", "q v", VeRA(r=1), 49_200, held=51_248),
+        Row("RoBERTa-large", "q v", VeRA(r=16), 49_920, held=82_688),
+        Row("RoBERTa-large", "q v", VeRA(r=256), 61_440, ("0.061M (VeRA)",), held=585_728),
+        Row("GPT-2 medium", "q v", VeRA(r=1024), 98_304, ("0.098M (VeRA)",), held=2_195_456),
+        Row("GPT-2 large", "q v", VeRA(r=1024), 165_888, ("0.17M (VeRA)",), held=2_787_328),
+        Row("GPT-3", "q v", VeRA(r=1), 2_359_488, held=2_384_064),
+        Row("GPT-3", "q v", VeRA(r=16), 2_362_368, ("2.8M with what is frozen (VeRA)",), held=2_755_584),
+        Row("GPT-3", "q v", VeRA(r=256), 2_408_448, ("8.7M with what is frozen (VeRA)",), held=8_699_904),
+        Row("ViT-base", "q v", VeRA(r=256), 24_576, held=417_792),
+        Row("ViT-large", "q v", VeRA(r=256), 61_440, held=585_728),
+        Row("LLaMA-7B", ALL_LINEAR, VeRA(r=1024), 1_589_248, ("1.6M (VeRA)", "0.02 % (DoRA)"), held=24_133_632),
+        Row("LLaMA-7B", ALL_LINEAR, VeRA(r=256), 1_417_216, ("1.4M (first version of VeRA)",), held=7_053_312),
+        Row("LLaMA-13B", ALL_LINEAR, VeRA(r=1024), 2_416_640, ("2.4M (VeRA)",), held=30_728_192),
+        Row("Llama-3.2-3B", "q v", VeRA(r=256), 129_024, ("129,024 (PEFT's benchmark)",), held=1_701_888),
+    ],
+    "AdaLoRA": [
+        Row(
+            "DeBERTa-v3-base",
+            "q k v o up down",
+            AdaLoRA(r=12, target_r=8),
+            1_991_520,
+            ("1.27M (AdaLoRA)",),
+            "that is after training: the 576 ranks that are left cost between 885,312 and 2,212,416, by where they are",
+        ),
+    ],
+    "Delta-LoRA": [Row("RoBERTa-base", "q v", DeltaLoRA(r=8), 294_912, held=589_824)],
 }
 ROWS = [row for rows in TABLES.values() for row in rows]
 
 
 @dataclass(frozen=True)
 class Count:
-    """What an adapted model holds, besides its base."""
+    """Numbers and bytes of the parameters that the adapters train, and of all that they hold."""
 
     trained: int
-    stored: int
-    bytes: int
+    trained_bytes: int
+    held: int
+    held_bytes: int
 
 
 @cache
@@ -159,13 +228,18 @@ def count(row: Row) -> Count:
     targets = row.targets.split()
     model = NETWORKS[row.network].build(targets)
     base = {id(parameter) for parameter in model.parameters()}
-    inject(model, row.method, targets, seed=0, dtype=row.dtype)
-    ours = [parameter for parameter in model.parameters() if id(parameter) not in base]
-    return Count(
-        sum(parameter.numel() for parameter in ours if parameter.requires_grad),
-        sum(parameter.numel() for parameter in ours),
-        sum(parameter.numel() * parameter.element_size() for parameter in ours),
-    )
+    inject(model, row.method, targets, rank_pattern=row.ranks, seed=0, dtype=row.dtype)
+    held = [parameter for parameter in model.parameters() if id(parameter) not in base]
+    trained = [parameter for parameter in held if parameter.requires_grad]
+    return Count(numbers(trained), size(trained), numbers(held), size(held))
+
+
+def numbers(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def size(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def share(row: Row) -> float | None:
@@ -176,44 +250,62 @@ def share(row: Row) -> float | None:
 
 def follows(row: Row, figure: str) -> bool:
     """Return whether a printed figure is ours, rounded or cut after its last digit."""
-    digits, unit = re.fullmatch(r"([\d.,]+) ?(M|K|%|MB|)( \(.*\))?", figure).groups()[:2]
+    digits, unit, frozen = re.fullmatch(r"([\d.,]+) ?(M|K|%|MB|)( with what is frozen)?( \(.*\))?", figure).groups()[:3]
     printed, unit_of_last_digit = float(digits.replace(",", "")), 10.0 ** -len(digits.partition(".")[2])
     counted = count(row)
+    number, size = (counted.held, counted.held_bytes) if frozen else (counted.trained, counted.trained_bytes)
     ours = {
-        "": [counted.trained],
-        "K": [counted.trained / 1e3],
-        "M": [counted.trained / 1e6],
+        "": [number],
+        "K": [number / 1e3],
+        "M": [number / 1e6],
         "%": [share(row) or 0.0],
-        "MB": [counted.bytes / 2**20, counted.bytes / 1e6],
+        "MB": [size / 2**20, size / 1e6],
     }[unit]
     return any(abs(value - printed) < unit_of_last_digit for value in ours)
+
+
+def memory(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
+
+
+def adapted(row: Row) -> str:
+    others = [name for name in row.ranks if row.ranks[name] == 0]
+    own = [name for name in row.targets.split() if name not in others]
+    return ", ".join(own) + (f"; magnitudes of {', '.join(others)} too" if others else "")
 
 
 def line(row: Row) -> str:
     counted, percent = count(row), share(row)
     wrong = [figure.partition(" (")[0] for figure in row.figures if not follows(row, figure)]
     verdict = f"**no** ({', '.join(wrong)}): {row.why_not}" if wrong else "yes" if row.figures else ""
+    frozen = f"{counted.held:,}, {memory(counted.held_bytes)}" if counted.held != counted.trained else ""
     cells = (
         row.network,
-        ", ".join(row.targets.split()),
+        adapted(row),
         str(row.method.r),
         f"{counted.trained:,}",
         "" if percent is None else f"{percent:.4f} %",
-        f"{counted.bytes / 2**20:,.3f} MiB" + (" in fp16" if row.dtype == torch.float16 else ""),
+        memory(counted.trained_bytes) + (" in fp16" if row.dtype == torch.float16 else ""),
+        frozen,
         "; ".join(row.figures),
         verdict,
     )
     return "| " + " | ".join(cells) + " |\n"
 
 
+def table(rows: list[Row]) -> str:
+    head = "| model | adapted | r | trained | share | size | with what is frozen | printed | follows |\n"
+    return f"{head}|{'---|' * 9}\n{''.join(map(line, rows))}"
+
+
 def tables() -> str:
-    head = "| model | adapted | r | trained | share | size | printed | follows |\n|---|---|---|---|---|---|---|---|\n"
-    return START + "\n".join(f"## {name}\n\n{head}{''.join(map(line, rows))}" for name, rows in TABLES.items()) + END
+    return START + "\n".join(f"## {name}\n\n{table(rows)}" for name, rows in TABLES.items()) + END
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.network} {row.targets} {row.method.r}")
 def test_an_adapted_model_trains_the_number_of_parameters_that_its_shapes_give(row: Row) -> None:
     assert count(row).trained == row.trained
+    assert count(row).held == (row.held or row.trained)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.network} {row.targets} {row.method.r}")

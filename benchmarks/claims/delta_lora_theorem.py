@@ -7,11 +7,10 @@ import sys
 from typing import Any
 
 import torch
-from record import Claim, Measured, show
 from torch import Tensor, nn
 
-from lightning_lora import LoRA, Method, inject, merge_, param_groups, sites
-from lightning_lora.methods.delta_lora import DeltaLoRA
+from lightning_lora import DeltaLoRA, LoRA, Method, inject, merge_, param_groups, sites
+from record import Claim, Measured, show
 
 CLAIM = Claim(
     title="Delta-LoRA is LoRA with a larger alpha",
@@ -21,12 +20,13 @@ CLAIM = Claim(
     ),
     source="on Delta-LoRA, arXiv:2309.02411",
     experiment=(
-        "Two layers of width 16, rank 2, lambda 2, 60 steps of Adam (eps 1e-30) in float64. Compared are this library's "
-        "Delta-LoRA, the paper's loop written out (it changes W after each step), and LoRA with three times the alpha."
+        "Two layers of width 16, rank 2, lambda 2, 60 steps of Adam (eps 1e-30) in float64. Compared are this "
+        "library's Delta-LoRA, the paper's loop written out (it changes W after each step), and LoRA with three "
+        "times the alpha."
     ),
     criterion=(
-        "with a start at the first step all three give the same weights to 1e-10, with a start after 20 steps the first two "
-        "do and LoRA does not, and the changes have rank 2 and 4."
+        "with a start at the first step all three give the same weights to 1e-10, with a start after 20 steps the "
+        "first two do and LoRA does not, and the changes have rank 2 and 4."
     ),
 )
 STEPS, RANK, ALPHA, RATIO = 60, 2, 4.0, 2.0
@@ -123,10 +123,7 @@ def table(measured: Measured) -> str:
         f"\n| {names[start]} | {run['loop']:.0e} | {run['lora']:.0e} | {run['moved']:.2f} | {run['rank']} |"
         for start, run in measured.items()
     )
-    return (
-        "| W follows | from the loop | from LoRA, 3 alpha | from the start | rank of the change |\n|---|---|---|---|---|"
-        + rows
-    )
+    return "| W follows | from the loop | from LoRA, 3 alpha | from the start | rank |\n|---|---|---|---|---|" + rows
 
 
 def draw(measured: Measured, axes: Any) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lightning_lora import DoRA, LoRA
 from record import Claim, Measured, show
 from tiny_lm import SETTING, fine_tune
-
-from lightning_lora import LoRA
-from lightning_lora.methods.dora import DoRA
 
 CLAIM = Claim(
     title="DoRA needs no gradient through the norm",

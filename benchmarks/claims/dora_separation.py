@@ -6,12 +6,11 @@ import sys
 from typing import Any
 
 import torch
-from record import Claim, Measured, numbers, show
 from torch import nn
-from training import fit
 
-from lightning_lora import LoRA, Method, inject, merge_
-from lightning_lora.methods.dora import DoRA
+from lightning_lora import DoRA, LoRA, Method, inject, merge_
+from record import Claim, Measured, numbers, show
+from training import fit
 
 CLAIM = Claim(
     title="DoRA learns what LoRA cannot at this rank",
@@ -19,15 +18,15 @@ CLAIM = Claim(
     source="DoRA, arXiv:2402.09353",
     experiment=(
         "One 64 x 64 matrix W, fitted to `diag(g) (W + U V)` with random positive g and U V of rank 2; 600 steps of "
-        "Adam at 2e-2. What is left of the difference, relative, with three seeds; the floor is what the best change of "
-        "LoRA's rank leaves, by singular values. DoRA is there in both forms: with the exact gradient, and with the norm "
-        "taken for a constant in the backward pass, which is the paper's advice and this library's default. The first "
-        "criterion was on the default; it failed, the capacity being there but not always found, and the exact gradient "
-        "was added then."
+        "Adam at 2e-2. What is left of the difference, relative, with three seeds; the floor is what the best change "
+        "of LoRA's rank leaves, by singular values. DoRA is there in both forms: with the exact gradient, and with the "
+        "norm taken for a constant in the backward pass, which is the paper's advice and this library's default. The "
+        "first criterion was on the default; it failed, the capacity being there but not always found, and the exact "
+        "gradient was added then."
     ),
     criterion=(
-        "with the exact gradient DoRA of rank 2 leaves less than 0.02, and LoRA of rank 2 more than 0.5, at every seed, for "
-        "a strong U V and for a weak one."
+        "with the exact gradient DoRA of rank 2 leaves less than 0.02, and LoRA of rank 2 more than 0.5, at every "
+        "seed, for a strong U V and for a weak one."
     ),
 )
 WIDTH, SEEDS, STEPS = 64, range(3), 600

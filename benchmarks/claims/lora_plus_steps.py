@@ -8,19 +8,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from record import Claim, Measured, show
 from torch import Tensor, nn
-from training import fit
 
 from lightning_lora import LoRA, inject
+from record import Claim, Measured, show
+from training import fit
 
 CLAIM = Claim(
     title="LoRA+ needs fewer steps",
     says="A larger learning rate for B than for A reaches the same loss in up to half the steps",
     source="LoRA+, arXiv:2402.12354",
     experiment=(
-        "After the paper's toy: a network of width 256 whose middle layer lacks a change of rank 4, fitted with Adam to "
-        "the network that has it. Steps until the loss is 2 % of the first, at most 500. LoRA+ has ratio 16."
+        "After the paper's toy: a network of width 256 whose middle layer lacks a change of rank 4, fitted with Adam "
+        "to the network that has it. Steps until the loss is 2 % of the first, at most 500. LoRA+ has ratio 16."
     ),
     criterion="at learning rate 1e-3 the median of five seeds with ratio 16 is below 0.6 of that with ratio 1.",
 )

@@ -6,13 +6,13 @@ import sys
 from typing import Any
 
 import torch
-from record import Claim, Measured, show
-from tiny_lm import SYMBOLS, TARGETS, Block, TinyLM
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import LoRA, inject, merge_
+from record import Claim, Measured, show
+from tiny_lm import SYMBOLS, TARGETS, Block, TinyLM
 
 CLAIM = Claim(
     title="Merged, LoRA adds no latency",
@@ -112,11 +112,12 @@ def table(measured: Measured) -> str:
     rows = "".join(
         f"\n| {name} | {count} | {measured['operations'][name]:,} |" for name, count in measured["operators"].items()
     )
+    difference = measured["difference"]
     return (
         "| model | operators dispatched | floating-point operations |\n|---|---|---|"
         + rows
-        + f"\n\nThe merged model's logits differ by at most {measured['difference']['unmerged LoRA']:.0e} from the unmerged "
-        f"one's, and by up to {measured['difference']['base']:.2g} from the base's."
+        + f"\n\nThe merged model's logits differ by at most {difference['unmerged LoRA']:.0e} from the unmerged "
+        f"one's, and by up to {difference['base']:.2g} from the base's."
     )
 
 

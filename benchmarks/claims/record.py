@@ -16,6 +16,10 @@ SCRIPTS = (
     "lora_plus_steps",
     "rslora_ranks",
     "merged_latency",
+    "dora_separation",
+    "dora_detached_norm",
+    "adalora_ranks",
+    "delta_lora_theorem",
 )
 Measured = Mapping[str, Any]
 

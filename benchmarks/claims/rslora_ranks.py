@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lightning_lora import LoRA
 from record import Claim, Measured, show
 from tiny_lm import SETTING, fine_tune
-
-from lightning_lora import LoRA
 
 CLAIM = Claim(
     title="rsLoRA lets the rank matter",

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import matplotlib
 import torch
+
 from record import MEASURED, PAGE, RESULTS, SCRIPTS, Measured, page, verdict
 from tiny_lm import pretrained
 
@@ -38,7 +39,8 @@ def main(names: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     record = json.loads(MEASURED.read_text()) if MEASURED.exists() else {"scripts": {}}
     record["environment"] = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, one thread of {os.cpu_count()} cores ({platform.machine()})"
+        f"Python {platform.python_version()}, torch {torch.__version__}, one thread of {os.cpu_count()} cores "
+        f"({platform.machine()})"
     )
     pretrained()  # kept from then on, and not counted
     scripts = {name: import_module(name) for name in SCRIPTS}
@@ -50,7 +52,8 @@ def main(names: list[str]) -> None:
         record["scripts"] = {known: record["scripts"][known] for known in SCRIPTS if known in record["scripts"]}
         MEASURED.write_text(json.dumps(record, indent=1) + "\n")
         draw(scripts[name], measured)
-    PAGE.write_text(page(list(scripts.values()), record))
+    if len(record["scripts"]) == len(SCRIPTS):
+        PAGE.write_text(page(list(scripts.values()), record))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ class SixBlocks(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(6))
         for layer in self.blocks:
-            nn.init.normal_(layer.weight, std=0.5 * WIDTH**-0.5, generator=self.generator)
+            nn.init.normal_(layer.weight, std=WIDTH**-0.5, generator=self.generator)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.blocks:
@@ -35,7 +35,7 @@ def student_and_loss(seed: int) -> tuple[SixBlocks, Callable[[int], Tensor]]:
             teacher.blocks[block].weight += up @ down.T / WIDTH
 
     def loss_of(step: int) -> Tensor:
-        x = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(1_000_000 * (seed + 1) + step))
+        x = torch.randn(128, WIDTH, generator=torch.Generator().manual_seed(1_000_000 * (seed + 1) + step))
         with torch.no_grad():
             y = teacher(x)
         return (student(x) - y).square().mean()

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import fit
 
 from lightning_lora import Method, inject
+from training import fit
 
 SETTING = (
-    "Fine-tuning of a tiny language model (three blocks of width 64, 48 symbols), pretrained on one second-order Markov "
-    "chain, to another: 250 steps of 64 sequences with Adam, all linear layers of the blocks adapted."
+    "Fine-tuning of a tiny language model (three blocks of width 64, 48 symbols), pretrained on one second-order "
+    "Markov chain, to another: 250 steps of 64 sequences with Adam, all linear layers of the blocks adapted."
 )
 SYMBOLS, WIDTH, BLOCKS, LENGTH, BATCH = 48, 64, 3, 16, 64
 PRETRAINING_STEPS = 1200
