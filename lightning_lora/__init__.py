@@ -11,6 +11,7 @@ from lightning_lora.method import Method, known_methods
 from lightning_lora.methods.adalora import AdaLoRA
 from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
+from lightning_lora.methods.hira import HiRA
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.methods.vera import VeRA
 from lightning_lora.optim import param_groups
@@ -27,6 +28,7 @@ __all__ = [
     "AdapterError",
     "DoRA",
     "DeltaLoRA",
+    "HiRA",
     "LoRA",
     "LoRACallback",
     "Method",

@@ -165,7 +165,7 @@ def _ways(
 def _layout(form: type[Form], dims: int, transposed: bool) -> Layout:
     stacked = form is ParameterForm and dims == 3
     turned = transposed and (stacked or (form in LINEAR_FORMS and dims == 2))
-    return Layout(transposed=turned, stacked=stacked, looked_up=form is EmbeddingForm)
+    return Layout(transposed=turned, stacked=stacked, looked_up=issubclass(form, EmbeddingForm))
 
 
 def _fitting(file: AdapterFile, name: str, owners: list[Stored], layout: Layout, size: tuple[int, ...]) -> list[Stored]:

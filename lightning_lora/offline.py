@@ -224,7 +224,7 @@ def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -
         else:
             shape = (*file.factor(name, "lora_B").shape[:-1], file.factor(name, "lora_A").shape[-1])
         meta = torch.device("meta")
-        layout = layout or Layout(looked_up=file.stored[name].form is EmbeddingForm)
+        layout = layout or Layout(looked_up=issubclass(file.stored[name].form, EmbeddingForm))
         method = file.methods[name]
         adapter = method.build(shape, seed=0, device=meta, dtype=dtype, layout=layout)
         method.attach({name: adapter})

@@ -19,11 +19,11 @@ from lightning_lora.layers.seam import AdaptedLayer, plain_class
 from lightning_lora.method import Method
 from lightning_lora.peft_layers import (
     FORMS,
+    LINEAR_FORMS,
     Form,
     OwnForm,
     ParameterForm,
     Stored,
-    TripletForm,
     layer_form,
     parameter_form,
 )
@@ -35,7 +35,12 @@ NO_METHOD = "PEFT does not have"
 PARTS = "PEFT has no adapter for a part of a matrix"
 ONE_RANK = "PEFT's AdaLoRA starts with one rank and one alpha everywhere"
 LAST_DOUBLING = "0.21.2"  # the last PEFT that adds the change of an attention's out_proj twice
-_PATTERNS = {"LORA": ("rank_pattern", "alpha_pattern"), "ADALORA": ("rank_pattern", "alpha_pattern")}
+_OPTIONS = {  # what a config of PEFT's says beside the method's own values and the names of modules
+    "LORA": ("bias", "rank_pattern", "alpha_pattern"),
+    "ADALORA": ("bias", "rank_pattern", "alpha_pattern"),
+    "VERA": ("bias",),
+    "HIRA": ("rank_pattern",),
+}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -81,18 +86,21 @@ def express(
     ways = {name: _form(site, methods[name]) for name, site in found.items()}
     forms = {name: form for name, (form, _) in ways.items() if form is not None}
     parameters = {name for name, form in forms.items() if form is ParameterForm}
+    fields = _fields(network, found, parameters, full)
     reason = _why_not_sites(network, found, methods, tied, ways, reasons)
     reason = reason or _why_not_together(found, methods, parameters, full)
     reason = reason or _why_not_names(network, parameters, full) or _why_not_parts(found)
-    reason = reason or _why_not_ranks(methods)
+    reason = reason or _why_not_ranks(methods) or _why_not_bias(methods, fields["bias"])
     reason = "; ".join(filter(None, (_why_not_method(methods), reason))) or None
-    fields = _fields(network, found, parameters, full)
     named = {name: label for name, form in forms.items() for label, known in FORMS.items() if form is known}
     levels = _levels(found, parameters)
     if reason is not None:
         return Expressed(fields | {"peft_type": OWN_TYPE}, reason, *own_places(found, full), named, levels)
     located = places(forms, levels, full)
-    return Expressed(fields | _values(found, methods, parameters), None, *located, named, levels)
+    values = _values(found, methods, parameters)
+    if "bias" not in _OPTIONS[values["peft_type"]]:
+        del fields["bias"]
+    return Expressed(fields | values, None, *located, named, levels)
 
 
 def own_places(found: Iterable[str], full: Iterable[str]) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -151,8 +159,7 @@ def _levels(found: Mapping[str, Site], parameters: set[str]) -> dict[str, int]:
 
 def _fields(network: nn.Module, found: Mapping[str, Site], parameters: set[str], full: set[str]) -> dict[str, Any]:
     """Return what the config says of names."""
-    adapted = {_module(name) for name in found}
-    whole = _whole_modules(network, full)
+    adapted, whole = {_module(name) for name in found}, _whole_modules(network, full)
     biases = {_module(name) for name in full if not _inside(name, whole)}
     fields = {
         "target_modules": _exactly_these(network, {_module(name) for name in found if name not in parameters}),
@@ -165,7 +172,7 @@ def _fields(network: nn.Module, found: Mapping[str, Site], parameters: set[str],
 
 
 def _values(found: Mapping[str, Site], methods: Mapping[str, Method], parameters: set[str]) -> dict[str, Any]:
-    """Return what the config says of the method."""
+    """Return what the config says of the method, with the patterns that its type has in PEFT."""
     common = Counter(methods.values()).most_common(1)[0][0]
     config = common.peft_config() or {}
     keys = {name: _exactly(name if name in parameters else _module(name)) for name in found}
@@ -176,7 +183,7 @@ def _values(found: Mapping[str, Site], methods: Mapping[str, Method], parameters
     transposed = any(found[name].slot.layout.transposed for name in found if name not in parameters)
     return {
         **config,
-        **{name: pattern for name, pattern in patterns.items() if name in _PATTERNS.get(config["peft_type"], ())},
+        **{name: pattern for name, pattern in patterns.items() if name in _OPTIONS[config["peft_type"]]},
         **({"fan_in_fan_out": True} if transposed else {}),
     }
 
@@ -204,8 +211,9 @@ def _why_not_sites(
             return "PEFT adapts layers inside a network, not a network that is one layer"
         if reader is AdaptedMultiheadAttention and form is Form:
             return f"PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to {LAST_DOUBLING}): {name}"
-        if reader is AdaptedMultiheadAttention and form is TripletForm:
-            return f"PEFT's AdaLoRA does not reach what an nn.MultiheadAttention reads: {name}"
+        if reader is AdaptedMultiheadAttention and form in LINEAR_FORMS:
+            method = type(methods[name]).__name__
+            return f"PEFT's {method} does not reach what an nn.MultiheadAttention reads: {name}"
         if form is None:
             return f"{reason}: {name}"
         if site.weight is None:
@@ -269,6 +277,11 @@ def _why_not_ranks(methods: Mapping[str, Method]) -> str | None:
     ranks = {(method.r, method.alpha): name for name, method in methods.items()}
     types = {(method.peft_config() or {}).get("peft_type") for method in methods.values()}
     return f"{ONE_RANK}: {' and '.join(ranks.values())}" if len(ranks) > 1 and "ADALORA" in types else None
+
+
+def _why_not_bias(methods: Mapping[str, Method], bias: str) -> str | None:
+    peft_type = (next(iter(methods.values())).peft_config() or {}).get("peft_type", "LORA")
+    return None if bias == "none" or "bias" in _OPTIONS[peft_type] else f"PEFT's {peft_type} trains no biases"
 
 
 def _whole_modules(network: nn.Module, full: set[str]) -> list[str]:

@@ -14,7 +14,7 @@ from lightning_lora.layers.attention import AdaptedMultiheadAttention
 from lightning_lora.layers.convolution import AdaptedConvolution
 from lightning_lora.layers.embedding import AdaptedEmbedding
 from lightning_lora.layers.linear import AdaptedLinear
-from lightning_lora.layers.seam import plain_class
+from lightning_lora.layers.seam import AdaptedLayer, plain_class
 from lightning_lora.layout import Layout
 from lightning_lora.sites import join
 
@@ -152,12 +152,33 @@ class VectorForm(Form):
     }
 
 
-LINEAR_FORMS = (Form, TripletForm, VectorForm)
+class HadamardForm(Form):
+    """HiRA's two factors of a linear layer, under their own names."""
+
+    ends: ClassVar[Mapping[str, str]] = {"lora_A": "hira_A", "lora_B": "hira_B"}
+
+
+class HadamardEmbeddingForm(EmbeddingForm):
+    """HiRA's two factors of an embedding, swapped and transposed as LoRA's."""
+
+    ends: ClassVar[Mapping[str, str]] = {"lora_A": "hira_embedding_B", "lora_B": "hira_embedding_A"}
+
+
+class HadamardConvolutionForm(ConvolutionForm):
+    """HiRA's two factors of a convolution, as kernels."""
+
+    ends: ClassVar[Mapping[str, str]] = HadamardForm.ends
+
+
+LINEAR_FORMS = (Form, TripletForm, VectorForm, HadamardForm)
 _ON_LINEAR_LAYERS_ONLY = {"ADALORA": ("AdaLoRA", TripletForm), "VERA": ("VeRA", VectorForm)}
 FORMS: dict[str, type[Form]] = {
     "linear": Form,
     "triplets": TripletForm,
     "vectors": VectorForm,
+    "hadamard": HadamardForm,
+    "hadamard embedding": HadamardEmbeddingForm,
+    "hadamard convolution": HadamardConvolutionForm,
     "embedding": EmbeddingForm,
     "convolution": ConvolutionForm,
     "parameter": ParameterForm,
@@ -195,6 +216,8 @@ def layer_form(module: nn.Module, parameter: str, peft_type: str = "LORA") -> tu
     if peft_type in _ON_LINEAR_LAYERS_ONLY:
         name, form = _ON_LINEAR_LAYERS_ONLY[peft_type]
         return (form, "") if issubclass(kind, AdaptedLinear) else (None, f"PEFT has {name} on linear layers only")
+    if peft_type == "HIRA":
+        return _hadamard_form(module, kind)
     if issubclass(kind, AdaptedLinear):
         return Form, ""
     if issubclass(kind, AdaptedMultiheadAttention) and parameter == "in_proj_weight":
@@ -233,6 +256,20 @@ def parameter_form(
     if matrix or stack:
         return ParameterForm, ""
     return None, f"PEFT takes the {parameter} of a {plain_class(module).__name__} for another matrix than it is"
+
+
+def _hadamard_form(layer: Any, kind: type[AdaptedLayer]) -> tuple[type[Form] | None, str]:
+    """Return how PEFT stores HiRA's factors: what it multiplies is the weight itself, in the layer's own geometry."""
+    if issubclass(kind, AdaptedLinear):
+        return HadamardForm, ""
+    if issubclass(kind, AdaptedEmbedding) and layer.max_norm is None:
+        return HadamardEmbeddingForm, ""
+    if issubclass(kind, AdaptedConvolution) and layer.groups == 1 and layer.padding_mode == "zeros":
+        return HadamardConvolutionForm, ""
+    return None, (
+        "PEFT has HiRA on linear layers, on embeddings without max_norm, and on convolutions with zeros around and "
+        "without groups"
+    )
 
 
 def _other_convolution(layer: Any, known: tuple[type[nn.Module], ...]) -> str:

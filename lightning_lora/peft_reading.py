@@ -16,6 +16,9 @@ from lightning_lora.peft_layers import (
     ConvolutionForm,
     EmbeddingForm,
     Form,
+    HadamardConvolutionForm,
+    HadamardEmbeddingForm,
+    HadamardForm,
     ParameterForm,
     Stored,
     TripletForm,
@@ -25,8 +28,10 @@ from lightning_lora.sites import join
 
 _FIRST_STACKS = "0.20.0"  # the first PEFT whose stacks lie as (n, out, in) unless the module says otherwise
 _LITERAL_NAME = re.compile(r"\^?(\w|\\?[-.])+\$?", re.ASCII)
-_FIRST = re.compile(r"\.(lora_A(\.weight)?|lora_embedding_A|vera_lambda_d)$")  # each adapter has one of these
-_FACTOR = re.compile(r"\.(lora|vera)_[A-Za-z_]+(\.weight)?$")
+_FIRST = re.compile(
+    r"\.(lora_A(\.weight)?|lora_embedding_A|vera_lambda_d|hira_A|hira_embedding_A)$"
+)  # each adapter has one of these
+_FACTOR = re.compile(r"\.(lora|vera|hira)_[A-Za-z_]+(\.weight)?$")
 
 
 def read_config(fields: Mapping[str, Any], path: object) -> Method:
@@ -104,6 +109,15 @@ def _layer(
         return join(module, "weight"), (method, Stored(owner, TripletForm))
     if f"{owner}.vera_lambda_d" in tensors:
         return join(module, "weight"), (method, Stored(owner, VectorForm))
+    looked_up = f"{owner}.hira_embedding_A" in tensors
+    if looked_up or f"{owner}.hira_A" in tensors:
+        down = tensors[f"{owner}.hira_embedding_A" if looked_up else f"{owner}.hira_A"]
+        form = HadamardConvolutionForm if down.dim() > 2 else HadamardForm
+        r = down.shape[0] if down.dim() else 0
+        return join(module, "weight"), (
+            method.at(r, float(r)),
+            Stored(owner, HadamardEmbeddingForm if looked_up else form),
+        )
     if f"{owner}.lora_embedding_A" in tensors:
         form, down = EmbeddingForm, tensors[f"{owner}.lora_embedding_A"]
     else:

@@ -48,6 +48,13 @@ class VeRA(Method):
         ValueError: If a value is out of its range.
     """
 
+    refused: ClassVar[Mapping[str, str]] = {
+        "alpha": "VeRA has no alpha / r scale",
+        "scaling": "VeRA has no alpha / r scale",
+        "init": "VeRA's projections are shared and random by definition",
+        "freeze_A": "VeRA already freezes A and B",
+        "gradient": "VeRA already freezes A and B",
+    }
     r: int = 256
     d_init: float = 0.1
     projection_seed: int = 0
