@@ -11,6 +11,7 @@ from lightning_lora.method import Method, known_methods
 from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
+from lightning_lora.methods.relora import ReLoRA
 from lightning_lora.optim import param_groups
 from lightning_lora.rank_curve import RankCurve, rank_curve
 from lightning_lora.saving import save_adapter
@@ -26,6 +27,7 @@ __all__ = [
     "LoRA",
     "LoRACallback",
     "Method",
+    "ReLoRA",
     "RankCurve",
     "Site",
     "dequantize_",

@@ -61,7 +61,7 @@ class DoRA(LoRA):
 
     def peft_config(self) -> dict[str, Any]:
         """Return PEFT's names for these fields."""
-        return super().peft_config() | {"use_dora": True}
+        return {**(super().peft_config() or {}), "use_dora": True}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> LoRA | None:
