@@ -10,6 +10,7 @@ from lightning_lora.merge import dequantize_, merge_, merged
 from lightning_lora.method import Method, known_methods
 from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
+from lightning_lora.methods.dylora import DyLoRA, at_rank, truncate_
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.methods.relora import ReLoRA
 from lightning_lora.optim import param_groups
@@ -24,12 +25,14 @@ __all__ = [
     "AdapterError",
     "DoRA",
     "DeltaLoRA",
+    "DyLoRA",
     "LoRA",
     "LoRACallback",
     "Method",
     "ReLoRA",
     "RankCurve",
     "Site",
+    "at_rank",
     "dequantize_",
     "inject",
     "known_methods",
@@ -42,6 +45,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "sites",
+    "truncate_",
     "use",
     "using",
     "__version__",

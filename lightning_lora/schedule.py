@@ -36,6 +36,9 @@ class Schedule:
         """
         self.step += 1
 
+    def end(self) -> None:
+        """Leave nothing of the run in the adapters: no step comes any more."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as tensors and plain types, so that checkpoints load with weights only."""
         return {"step": self.step}

@@ -88,6 +88,7 @@ from lightning_lora import (
     remove,
     save_adapter,
     sites,
+    truncate_,
     use,
 )
 from lightning_lora.callbacks.audit import Audit
@@ -131,6 +132,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "start_step=-2: must be a whole number of at least -1, which changes the base from the first step on; "
         "start_step=500 leaves 501 steps plain": lambda: DeltaLoRA(start_step=-2),
+    },
+    ("methods/dylora", ValueError): {
+        "rank=0: must be a whole number of at least 1, such as rank=4": lambda: truncate_(net(), 0),
+        "Sequential has no DyLoRA adapter, and of another one a prefix means nothing: train with DyLoRA, or see "
+        "rank_curve for the best approximations of a lower rank": lambda: truncate_(nn.Sequential(adapted()), 2),
     },
     ("methods/relora", ValueError): {
         "dropout=0.1: what is folded counts as part of the base, whose input is not dropped: use dropout=0": (
