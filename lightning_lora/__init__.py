@@ -12,6 +12,7 @@ from lightning_lora.methods.adalora import AdaLoRA
 from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
+from lightning_lora.methods.lora_drop import LoRADrop
 from lightning_lora.optim import param_groups
 from lightning_lora.rank_curve import RankCurve, rank_curve
 from lightning_lora.saving import save_adapter
@@ -27,6 +28,7 @@ __all__ = [
     "DeltaLoRA",
     "LoRA",
     "LoRACallback",
+    "LoRADrop",
     "Method",
     "RankCurve",
     "Site",
