@@ -14,6 +14,7 @@ from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.dylora import DyLoRA, at_rank, truncate_
 from lightning_lora.methods.hira import HiRA
 from lightning_lora.methods.lora import LoRA
+from lightning_lora.methods.lora_drop import LoRADrop
 from lightning_lora.methods.relora import ReLoRA
 from lightning_lora.methods.vera import VeRA
 from lightning_lora.optim import param_groups
@@ -34,6 +35,7 @@ __all__ = [
     "DyLoRA",
     "LoRA",
     "LoRACallback",
+    "LoRADrop",
     "Method",
     "ReLoRA",
     "RankCurve",

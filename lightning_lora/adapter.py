@@ -33,12 +33,14 @@ class Adapter(nn.Module):
         low_rank: Whether ``factors`` and ``gain`` say all; if not, the class writes ``adapted``.
         needs_weight: Whether the change depends on the base's weight: there is a ``gain``, or it is not low-rank.
         waits_for_weight: Whether ``start_from`` is still to be called, once the base has its values.
+        is_shared: Whether this very module is in the place of every adapter that was dropped in its group.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
     low_rank: ClassVar[bool] = True
     needs_weight: bool = False
     waits_for_weight: bool = False
+    is_shared: bool = False
     method: Method
     scaling: float = 1.0
     dropout: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from lightning_lora.layers.seam import Called, replaced_forward, unswap
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.quantized import allow_inference_kernels, dense_weight, format_of, keep_differentiable
-from lightning_lora.sharing import join_shared
+from lightning_lora.shared_tensors import join_shared
 from lightning_lora.sites import Site, Slot, clean, sites, slots_of
 from lightning_lora.state import mark_trained_in_full, marked, unmark
 from lightning_lora.targets import Parts, choose_values, find_modules_to_save, find_targets
@@ -148,7 +148,7 @@ def insert(
         site.slot.active = (task,)
 
 
-def remove(model: nn.Module, task: str | None = None) -> None:
+def remove(model: nn.Module, task: str | None = None, only: Collection[str] | None = None) -> None:
     """Take adapters out: where none is left, the module gets its own class back and nothing of ours stays on it.
 
     The base stays frozen; ``model.requires_grad_(True)`` thaws it.
@@ -156,6 +156,7 @@ def remove(model: nn.Module, task: str | None = None) -> None:
     Args:
         model: The adapted model.
         task: The task to remove; None removes all.
+        only: Names of the sites to remove it from; None is all that have it.
 
     Raises:
         ValueError: If there is no adapter of this task.
@@ -164,7 +165,7 @@ def remove(model: nn.Module, task: str | None = None) -> None:
     if task is not None and not found:
         known = sorted({name for site in sites(model) for name in site.slot})
         raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")
-    for site in found:
+    for site in found if only is None else [site for site in found if site.name in only]:
         slot = site.slot
         for name in [task] if task is not None else list(slot):
             del slot[name]

@@ -20,7 +20,7 @@ from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.saving import OUTSIDE
-from lightning_lora.sharing import join_shared, part_shared
+from lightning_lora.shared_tensors import join_shared, part_shared
 from lightning_lora.sites import Site, join, named_submodules, sites
 from lightning_lora.state import mark_trained_in_full
 

@@ -30,6 +30,8 @@ class Method(ABC):
     refused: ClassVar[Mapping[str, str]] = {}  # options of other methods that cannot go with this one, and why
     restructures: ClassVar[bool] = False  # whether training changes ranks, or which matrices have adapters of their own
 
+    freezes_shared: ClassVar[bool] = False  # whether an adapter that several matrices share is not trained
+
     def __new__(cls: type[M], *args: Any, **options: Any) -> M:
         """Refuse what other methods have and this one cannot have, with the reason.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.quantized import number_of_values
-from lightning_lora.sites import Site
+from lightning_lora.sites import Site, pattern
 
 _FILE_WIDTH = 200  # a log file has no width of its own, and rich would take 80 columns
 COLUMNS = ("site", "count", "shape (out, in)", "r", "alpha", "parameters")
@@ -28,15 +28,15 @@ def rows(found: list[Site], task: str = "default") -> list[tuple[str, ...]]:
     for site in found:
         adapter = site.adapter(task)
         key = (
-            re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", site.name),
+            pattern(site.name),
             shape_of(adapter),
             str(adapter.method.r),
             f"{adapter.method.alpha:g}",
         )
         groups.setdefault(key, []).append((site.name, sum(p.numel() for p in adapter.parameters(recurse=False))))
     table: list[tuple[str, ...]] = []
-    for (pattern, shape, r, alpha), members in groups.items():
-        name = members[0][0] if len(members) == 1 else pattern
+    for (names, shape, r, alpha), members in groups.items():
+        name = members[0][0] if len(members) == 1 else names
         table.append((name, str(len(members)), shape, r, alpha, f"{sum(n for _, n in members):,}"))
     return table
 

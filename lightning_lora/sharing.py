@@ -1,55 +1,75 @@
-"""Let tasks hold frozen tensors that are alike once, and part them before one of them gets others."""
+"""One adapter in several places: what LoRA-drop makes of those that matter little."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 
-import torch
 from torch import nn
 
-from lightning_lora.adapter import Adapter, Shared
+from lightning_lora.importance import alike
+from lightning_lora.inject import remove
+from lightning_lora.methods.lora_drop import LoRADrop
 from lightning_lora.sites import sites
 
 
-def join_shared(model: nn.Module, task: str) -> None:
-    """Let the adapters of a task hold what those of another task share, where the values are the same.
+def share(model: nn.Module, kept: Collection[str], task: str = "default") -> None:
+    """Leave adapters of their own to some matrices; the others of each group of like ones share one, or have none.
+
+    What becomes of the others, and whether adapters start anew, is in the method that they were made by. The shared
+    adapter is that of the first of them, in the order of the model, and the same module in all their places. An
+    optimizer that was built before holds parameters that the model no longer has: build it anew.
+
+    Args:
+        model: A model with adapters by LoRADrop.
+        kept: Site names, as ``select`` returns them.
+        task: The adapters' task.
+
+    Raises:
+        ValueError: If a name is no site's, or the adapters are of another method.
+    """
+    found = {site.name: site for site in sites(model, task)}
+    unknown = [name for name in kept if name not in found]
+    if unknown:
+        raise ValueError(f"kept={unknown[0]!r}: no site has this name; the model's are {', '.join(found)}")
+    method = next((site.adapter(task).method for site in found.values()), None)
+    if not isinstance(method, LoRADrop):
+        raise ValueError(
+            f"task={task!r}: its method is {type(method).__name__}, which does not say what the others get: "
+            "inject(model, LoRADrop(rest='shared')) first"
+        )
+    groups = [[name for name in group if name not in kept] for group in alike(model, task)]
+    firsts = {name: group[0] for group in groups for name in group}
+    fresh = [*(kept if method.reinit else ()), *(set(firsts.values()) if method.rest == "shared" else ())]
+    for name in fresh:
+        found[name].adapter(task).reset_parameters()
+    if method.rest != "none":
+        tie(model, firsts, task)
+    elif firsts:
+        remove(model, task, firsts)
+
+
+def tie(model: nn.Module, firsts: Mapping[str, str], task: str) -> None:
+    """Have sites share the adapters of others, which are frozen where the method says so.
 
     Args:
         model: The adapted model.
-        task: The task, which has just got its values.
+        firsts: Name of the site whose adapter it is, by the name of each site that shares it, that one's own too.
+        task: The adapters' task.
     """
-    theirs = {id(shared): shared for other, _, shared in _holders(model) if other != task}
-    for _, adapter, shared in [one for one in _holders(model) if one[0] == task]:
-        adapter.shared = next((other for other in theirs.values() if _alike(shared, other)), shared)
+    found = {site.name: site for site in sites(model, task)}
+    for name, first in firsts.items():
+        adapter = found[first].adapter(task)
+        adapter.is_shared = True
+        found[name].slot[task] = adapter.requires_grad_(not adapter.method.freezes_shared)
 
 
-def part_shared(model: nn.Module, task: str) -> None:
-    """Give a task a copy of what it holds together with other tasks.
+def shares(model: nn.Module, task: str) -> dict[str, str]:
+    """Return what ``tie`` was given: the site whose adapter it is, by the name of each site that shares it.
 
     Args:
         model: The adapted model.
-        task: The task, whose values are about to change.
+        task: The adapters' task.
     """
-    theirs = {id(shared) for other, _, shared in _holders(model) if other != task}
-    own: dict[int, Shared] = {}
-    for _, adapter, shared in [one for one in _holders(model) if one[0] == task and id(one[2]) in theirs]:
-        adapter.shared = own.setdefault(id(shared), copy.deepcopy(shared))
-
-
-def _holders(model: nn.Module) -> Iterator[tuple[str, Adapter, Shared]]:
-    for site in sites(model):
-        for task, adapter in site.slot.items():
-            shared = getattr(adapter, "shared", None)
-            if isinstance(adapter, Adapter) and isinstance(shared, Shared):
-                yield task, adapter, shared
-
-
-def _alike(one: Shared, other: Shared) -> bool:
-    if type(one) is not type(other) or one.stored != other.stored:
-        return False
-    pairs = list(zip(one.parameters(), other.parameters(), strict=True))
-    return all(
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and not a.is_meta and torch.equal(a, b)
-        for a, b in pairs
-    )
+    first: dict[int, str] = {}
+    shared = [site for site in sites(model, task) if site.adapter(task).is_shared]
+    return {site.name: first.setdefault(id(site.adapter(task)), site.name) for site in shared}

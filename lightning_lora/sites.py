@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -128,6 +129,11 @@ def sites(model: nn.Module, task: str | None = None) -> list[Site]:
         task: Only those that hold an adapter of this task; None means any.
     """
     return list(_sites(model, task))
+
+
+def pattern(name: str) -> str:
+    """Return a site's name with a star for each number, which is the same for like layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:

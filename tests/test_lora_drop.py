@@ -1,0 +1,278 @@
+"""LoRA-drop (arXiv:2402.07721): what is measured, what is kept, what is shared, and one fit that does it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import LoRADrop, inject, sites, using
+from lightning_lora.importance import alike, importances, select
+from lightning_lora.sharing import share, shares
+
+
+class Blocks(nn.Module):
+    """Six residual blocks of two linear layers."""
+
+    def __init__(self, blocks: int = 6, width: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(width, 6), "down": nn.Linear(6, width)}) for _ in range(blocks)
+        )
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block["down"](torch.tanh(block["up"](x)))  # type: ignore[operator,index]
+        return self.head(x)
+
+
+TARGETS = ["up", "down"]
+
+
+def blocks(method: LoRADrop | None = None, scale: float = 0.3, **options: Any) -> Blocks:
+    """An adapted network whose factors are all random, as after some training."""
+    torch.manual_seed(5)
+    model = Blocks()
+    inject(model, method or LoRADrop(r=2, alpha=4), **{"target_modules": TARGETS, "seed": 0, **options})
+    with torch.no_grad():
+        for site in sites(model):
+            for parameter in site.adapter("default").parameters():
+                parameter.normal_(0, scale * (1 + len(site.name) % 3))
+    return model
+
+
+def numel(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ---- importance
+
+
+def test_importance_is_the_mean_squared_change_of_the_output_as_a_share_of_its_group() -> None:
+    model = blocks()
+    batches = [torch.randn(5, 3, 4), torch.randn(2, 3, 4)]
+    raw: dict[str, float] = {}
+    hooks = []
+    for site in sites(model):
+
+        def add(module: nn.Module, args: tuple[Tensor], site: Any = site) -> None:
+            change = args[0].double() @ site.adapter("default").delta().double().mT
+            raw[site.name] = raw.get(site.name, 0.0) + change.square().sum().item()
+
+        hooks.append(site.module.register_forward_pre_hook(add))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    found = importances(model, batches, model)
+    for group in alike(model):
+        total = sum(raw[name] for name in group)
+        assert [found[name] for name in group] == pytest.approx([raw[name] / total for name in group], rel=1e-5)
+
+
+def test_importances_sum_to_one_in_each_group() -> None:
+    model = blocks()
+    found = importances(model, [torch.randn(8, 4)], model)
+    assert [len(group) for group in alike(model)] == [6, 6]
+    assert [sum(found[name] for name in group) for group in alike(model)] == pytest.approx([1, 1])
+
+
+def test_groups_are_of_one_name_but_for_numbers_and_of_one_shape_rank_and_alpha() -> None:
+    model = blocks(rank_pattern={"blocks.0.up": 1}, alpha_pattern={"blocks.5.down": 1})
+    assert sorted(map(len, alike(model))) == [1, 1, 5, 5]
+
+
+def test_importance_does_not_depend_on_a_common_rescale_of_the_activations() -> None:
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    inject(model, LoRADrop(r=2), seed=0)
+    for site in sites(model):
+        nn.init.normal_(site.adapter("default").lora_B)
+    x = torch.randn(9, 4)
+
+    def forward(factor: float) -> Callable[[Tensor], Any]:
+        return lambda batch: [layer(factor * batch) for layer in model]
+
+    one, hundred = importances(model, [x], forward(1)), importances(model, [x], forward(128))
+    assert one == pytest.approx(hundred, rel=1e-6)
+
+
+def test_padding_that_a_mask_leaves_out_does_not_count() -> None:
+    model = blocks()
+    x = torch.randn(2, 5, 4)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    masked = importances(model, [x], model, mask=lambda _: mask)
+    short = importances(model, [x[:1, :3], x[1:]], model)
+    assert masked == pytest.approx(short, rel=1e-6)
+    assert masked != pytest.approx(importances(model, [x], model), rel=1e-3)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), lambda: torch.randn(2, 4, 5, 5)),
+    "embedding": (lambda: nn.Embedding(9, 4), lambda: torch.randint(0, 9, (3, 5))),
+    "linear": (lambda: nn.Linear(4, 3), lambda: torch.randn(7, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cheap_form_is_the_norm_of_what_the_adapter_adds(kind: str) -> None:
+    make, draw = KINDS[kind]
+    model = nn.ModuleList([make(), make()])
+    inject(model, LoRADrop(r=2), ".*", seed=0)
+    for site in sites(model):
+        nn.init.normal_(site.adapter("default").lora_B)
+    x = draw()
+    found = importances(model, [x], lambda batch: [layer(batch) for layer in model])
+    changes = []
+    for layer in model:
+        adapted = layer(x)
+        with using(model):
+            changes.append((adapted - layer(x)).double().square().sum().item())
+    assert list(found.values()) == pytest.approx([one / sum(changes) for one in changes], rel=1e-4)
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = blocks().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    importances(model, [torch.randn(8, 4)], model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# ---- selection
+
+
+def test_a_threshold_of_one_keeps_all_that_have_any_importance() -> None:
+    found = {"a": 0.7, "b": 0.3 - 1e-15, "c": 1e-15, "d": 0.0}
+    assert select(found, [list(found)], threshold=1) == ["a", "b", "c"]
+
+
+def test_a_threshold_near_zero_keeps_exactly_one() -> None:
+    found = {"a": 0.2, "b": 0.5, "c": 0.3}
+    assert select(found, [list(found)], threshold=1e-9) == ["b"]
+    assert select(dict.fromkeys(found, 0.0), [list(found)], threshold=1e-9) == ["a"]
+
+
+def test_the_kept_ones_are_the_minimal_prefix_that_reaches_the_threshold() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        values = torch.rand(8, generator=generator, dtype=torch.float64).pow(3).tolist()
+        found = {f"layer{i}": value for i, value in enumerate(values)}
+        kept = select(found, [list(found)], threshold=0.9)
+        total, reached = math.fsum(values), math.fsum(found[name] for name in kept)
+        assert reached >= 0.9 * total - 1e-12
+        assert reached - min(found[name] for name in kept) < 0.9 * total
+        assert min(found[name] for name in kept) >= max([v for n, v in found.items() if n not in kept], default=0)
+
+
+def test_a_threshold_that_is_reached_exactly_is_reached() -> None:
+    found = {"a": 0.5, "b": 0.4, "c": 0.1}
+    assert select(found, [list(found)], threshold=0.9) == ["a", "b"]
+
+
+def test_equal_importances_count_in_the_order_of_their_names() -> None:
+    found = {"c": 0.25, "b": 0.25, "a": 0.25, "d": 0.25}
+    assert set(select(found, [list(found)], threshold=0.5)) == {"a", "b"}
+
+
+def test_top_n_keeps_as_many_of_each_group_as_there_are() -> None:
+    found = {"a": 0.1, "b": 0.9, "c": 0.4, "d": 0.6, "e": 1.0}
+    assert select(found, [["a", "b"], ["c", "d"], ["e"]], top_n=1) == ["b", "d", "e"]
+    assert select(found, [["a", "b"], ["c", "d"], ["e"]], top_n=2) == list("abcde")
+
+
+# ---- sharing
+
+
+KEPT = ["blocks.1.up.weight", "blocks.4.up.weight", "blocks.0.down.weight"]
+
+
+def test_the_dropped_ones_of_a_group_share_one_object_and_the_kept_have_their_own() -> None:
+    model = blocks()
+    share(model, KEPT)
+    adapters = {site.name: site.adapter("default") for site in sites(model)}
+    assert len(adapters) == 12
+    assert len(set(map(id, adapters.values()))) == 3 + 2
+    assert shares(model, "default") == {
+        **{f"blocks.{i}.up.weight": "blocks.0.up.weight" for i in (0, 2, 3, 5)},
+        **{f"blocks.{i}.down.weight": "blocks.1.down.weight" for i in (1, 2, 3, 4, 5)},
+    }
+
+
+@pytest.mark.parametrize(("rest", "adapters"), [("shared", 3 + 2), ("shared_frozen", 3), ("none", 3)])
+def test_parameters_are_those_of_the_kept_and_one_more_per_group_where_it_is_trained(rest: Any, adapters: int) -> None:
+    model = blocks(LoRADrop(r=2, alpha=4, rest=rest))
+    share(model, KEPT)
+    assert numel(model) == adapters * 2 * (4 + 6)
+    assert len(sites(model)) == (3 if rest == "none" else 12)
+
+
+def test_half_of_the_parameters_of_roberta_base_are_left_at_ten_of_24() -> None:
+    with torch.device("meta"):
+        layers = [nn.ModuleDict({"query": nn.Linear(768, 768), "value": nn.Linear(768, 768)}) for _ in range(12)]
+        model = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+    inject(model, LoRADrop(r=8), seed=0)
+    assert numel(model) == 294_912
+    share(model, [f"layer.{i}.{name}.weight" for i in range(5) for name in ("query", "value")])
+    assert numel(model) == 147_456
+
+
+def test_starting_anew_gives_the_values_of_the_first_step() -> None:
+    fresh, model = Blocks(), blocks()
+    inject(fresh, LoRADrop(r=2, alpha=4), TARGETS, seed=0)
+    share(model, KEPT)
+    first = {site.name: site.adapter("default").state_dict() for site in sites(fresh)}
+    firsts = {name: name for name in KEPT} | shares(model, "default")
+    for site in sites(model):
+        for name, value in site.adapter("default").state_dict().items():
+            assert torch.equal(value, first[firsts[site.name]][name])
+
+
+def test_going_on_keeps_the_values_of_the_kept_and_starts_the_shared_one_anew() -> None:
+    model, before = blocks(LoRADrop(r=2, alpha=4, reinit=False)), blocks()
+    share(model, KEPT)
+    for site, other in zip(sites(model), sites(before), strict=True):
+        adapter = site.adapter("default")
+        if site.name in KEPT:
+            assert torch.equal(adapter.lora_B, other.adapter("default").lora_B)
+        else:
+            assert not adapter.lora_B.any()
+
+
+def test_what_is_shared_and_frozen_stays_as_the_first_of_them_was() -> None:
+    model, before = blocks(LoRADrop(r=2, alpha=4, rest="shared_frozen")), blocks()
+    share(model, KEPT)
+    ours, theirs = sites(model)[0].adapter("default"), sites(before)[0].adapter("default")
+    assert torch.equal(ours.lora_B, theirs.lora_B)
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
+def test_the_base_stays_as_it_was(rest: Any) -> None:
+    model = blocks()
+    base = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
+    share(model, KEPT, rest=rest)
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if "lora_" not in name)
+
+
+def test_a_gradient_of_what_is_shared_is_the_sum_over_its_places() -> None:
+    model = blocks()
+    share(model, KEPT)
+    shared = sites(model)[0].adapter("default")
+    x = torch.randn(8, 4)
+    model(x).square().sum().backward()
+    total = shared.lora_B.grad.clone()
+    apart = blocks()
+    share(apart, KEPT)
+    places = [site for site in sites(apart) if site.adapter("default") is sites(apart)[0].adapter("default")]
+    for site in places:
+        site.slot["default"] = copy.deepcopy(site.adapter("default"))
+    apart(x).square().sum().backward()
+    assert torch.allclose(total, sum(site.adapter("default").lora_B.grad for site in places), atol=1e-5)
