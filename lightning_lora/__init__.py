@@ -12,6 +12,7 @@ from lightning_lora.methods.adalora import AdaLoRA
 from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
+from lightning_lora.methods.lora_fa import LoRAFA
 from lightning_lora.methods.vera import VeRA
 from lightning_lora.optim import param_groups
 from lightning_lora.rank_curve import RankCurve, rank_curve
@@ -29,6 +30,7 @@ __all__ = [
     "DeltaLoRA",
     "LoRA",
     "LoRACallback",
+    "LoRAFA",
     "Method",
     "RankCurve",
     "Recommendation",

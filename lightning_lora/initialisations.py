@@ -21,7 +21,7 @@ factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -146,6 +146,29 @@ def lora_ga(gradient: Tensor, r: int) -> tuple[Tensor, Tensor]:
     U, _, Vh = _svd(gradient)
     size: float = gradient.shape[-2] ** 0.25 / _GAMMA**0.5
     return size * Vh[..., :r, :], size * U[..., r : 2 * r]
+
+
+def doubled(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the LoRA of twice the rank that a pair with a kept start is: ``[A; A0]`` and ``[B, -B0]``.
+
+    Args:
+        factors: ``lora_A``, ``lora_A0`` unless A is frozen, ``lora_B``, ``lora_B0``, and others, which stay.
+    """
+    others = dict(factors)
+    A, B, B0 = (others.pop(name) for name in ("lora_A", "lora_B", "lora_B0"))
+    return {"lora_A": torch.cat([A, others.pop("lora_A0", A)], -2), "lora_B": torch.cat([B, -B0], -1), **others}
+
+
+def halved(factors: Mapping[str, Tensor], freeze_A: bool) -> dict[str, Tensor]:
+    """Return what ``doubled`` was given, bit for bit.
+
+    Args:
+        factors: What it returned.
+        freeze_A: Whether there is no ``lora_A0``.
+    """
+    (A, A0), (B, negative_B0) = factors["lora_A"].chunk(2, -2), factors["lora_B"].chunk(2, -1)
+    pair = {"lora_A": A, "lora_B": B, "lora_A0": A0, "lora_B0": -negative_B0}
+    return {**factors, **{name: value for name, value in pair.items() if not (freeze_A and name == "lora_A0")}}
 
 
 def check_rank(init: Initialisation, r: int, shape: tuple[int, ...]) -> None:

@@ -97,6 +97,14 @@ class Method(ABC):
         """Return why LoRA+'s learning-rate ratio between B and A means nothing here, or None if it does."""
         return None
 
+    def doubts(self, lr_ratio: float = 1.0) -> list[str]:
+        """Return sentences on choices that are allowed and will disappoint.
+
+        Args:
+            lr_ratio: Learning rate of B divided by that of A.
+        """
+        return []
+
     def at(self: M, r: int, alpha: float) -> M:
         """Return the same method with another rank and alpha, for one site."""
         return dataclasses.replace(self, r=r, alpha=alpha)  # type: ignore[type-var]

@@ -82,6 +82,7 @@ from lightning_lora import (
     DoRA,
     LoRA,
     LoRACallback,
+    LoRAFA,
     VeRA,
     inject,
     load_adapter,
@@ -126,6 +127,15 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "base with PEFT": lambda: LoRA.from_peft({"peft_type": "LORA", "lora_bias": True}),
         "init='svd': must be one of kaiming, gaussian, orthogonal, pissa, milora, olora": (
             lambda: LoRA(init="svd")  # type: ignore[arg-type]
+        ),
+        "gradient='newton': must be one of plain, fa, riemannian, lora_pro": (
+            lambda: LoRA(gradient="newton")  # type: ignore[arg-type]
+        ),
+        "gradient='fa' is for a frozen A: use LoRAFA(gradient='fa'), or gradient='lora_pro'": (
+            lambda: LoRA(gradient="fa")
+        ),
+        "gradient='lora_pro' is for a trained A: with a frozen one use gradient='fa'": (
+            lambda: LoRAFA(gradient="lora_pro")
         ),
         "r=3: init='orthogonal' gives half of the rank to each factor: use an even r": (
             lambda: LoRA(r=3, init="orthogonal")
@@ -409,6 +419,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("derived_groups", ValueError): {
+        "lr_ratio=16: LoRA-FA freezes A, so lr_B/lr_A has no denominator: raise lr instead": (
+            lambda: LoRACallback(LoRAFA(), lr_ratio=16)
+        ),
+        "lr_ratio=16: LoRA-Pro fits the gradients of A and B to one another, for one learning rate: use lr_ratio=1": (
+            lambda: LoRACallback(LoRA(gradient="lora_pro"), lr_ratio=16)
+        ),
         "lr_ratio=0: must be a finite number above 0; 1 is plain LoRA, LoRA+ suggests 16": (
             lambda: LoRACallback(lr_ratio=0)
         ),

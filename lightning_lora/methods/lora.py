@@ -16,9 +16,9 @@ r"""LoRA (Hu et al., 2021, arXiv:2106.09685).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,18 @@ from lightning_lora.initialisations import (
     KEEPS_START,
     Initialisation,
     check_rank,
+    doubled,
+    halved,
     kaiming,
     looked_up,
 )
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
+from lightning_lora.preconditioners import Gradient, Preconditioner
+from lightning_lora.schedule import Schedule
+
+if TYPE_CHECKING:
+    from lightning_lora.sites import Site
 
 _OTHER_COMPUTATIONS = (  # options of PEFT's LoraConfig that make it something else than W + scale * B @ A
     "use_qalora",
@@ -62,6 +69,9 @@ class LoRA(Method):
             change's size as the rank grows (rsLoRA, Kalajdzievski, 2023, arXiv:2312.03732).
         init: How the factors start: see ``initialisations``. Those that the papers subtract from the base (``pissa``,
             ``milora``, ``olora``) leave it as it is here: the adapter adds ``B A`` minus what that was at the start.
+        gradient: How the gradients of A and B are changed before each step: see ``preconditioners``; ``fa`` goes with a
+            frozen A only, the others with a trained one.
+        freeze_A: Whether ``lora_A`` stays as it starts (LoRA-FA).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -73,6 +83,8 @@ class LoRA(Method):
     dropout: float = 0.0
     scaling: Literal["linear", "rsqrt"] = "linear"
     init: Initialisation = "kaiming"
+    gradient: Gradient = "plain"
+    freeze_A: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < self.lowest_rank:
@@ -89,6 +101,12 @@ class LoRA(Method):
             raise ValueError(f"init={self.init!r}: must be one of {', '.join(get_args(Initialisation))}")
         if self.init == "orthogonal" and self.r % 2:
             raise ValueError(f"r={self.r}: init='orthogonal' gives half of the rank to each factor: use an even r")
+        if self.gradient not in get_args(Gradient):
+            raise ValueError(f"gradient={self.gradient!r}: must be one of {', '.join(get_args(Gradient))}")
+        if self.gradient == "fa" and not self.freeze_A:
+            raise ValueError("gradient='fa' is for a frozen A: use LoRAFA(gradient='fa'), or gradient='lora_pro'")
+        if self.gradient in ("riemannian", "lora_pro") and self.freeze_A:
+            raise ValueError(f"gradient={self.gradient!r} is for a trained A: with a frozen one use gradient='fa'")
 
     def build(
         self,
@@ -106,6 +124,35 @@ class LoRA(Method):
         """
         return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
 
+    def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:
+        """Return what changes the gradients, if anything does."""
+        if self.gradient == "plain":
+            return []
+        return [Preconditioner(self.gradient, [site.adapter(task) for site in sites])]
+
+    def why_no_ratio(self) -> str | None:
+        """Return why the learning rates of B and A have no ratio."""
+        if self.freeze_A:
+            return "LoRA-FA freezes A, so lr_B/lr_A has no denominator: raise lr instead"
+        if self.gradient == "lora_pro":
+            return "LoRA-Pro fits the gradients of A and B to one another, for one learning rate: use lr_ratio=1"
+        return None
+
+    def doubts(self, lr_ratio: float = 1.0) -> list[str]:
+        """Return what is allowed and will disappoint."""
+        found = []
+        if self.freeze_A and self.dropout:
+            found.append(
+                f"dropout={self.dropout:g}: with dropout the adapter keeps its whole input for the backward pass, so a "
+                "frozen A saves no memory: use dropout=0"
+            )
+        if lr_ratio != 1 and self.init in (*KEEPS_START, "orthogonal"):
+            found.append(
+                f"lr_ratio={lr_ratio:g}: LoRA+ is derived for a B that starts at zero, and init={self.init!r} starts "
+                "it elsewhere: take the ratio as one more thing to tune, or use lr_ratio=1"
+            )
+        return found
+
     def peft_config(self) -> dict[str, Any] | None:
         """Return PEFT's names for these fields; where the start is kept, for the LoRA of twice the rank that it is."""
         r, alpha, rsqrt = self.r, float(self.alpha), self.scaling == "rsqrt"
@@ -121,18 +168,11 @@ class LoRA(Method):
 
     def to_peft(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``[A; A0]`` and ``[B, -B0]`` where the start is kept; their product is the change."""
-        others = dict(factors)
-        if self.init not in KEEPS_START:
-            return others
-        A, A0, B, B0 = (others.pop(name) for name in ("lora_A", "lora_A0", "lora_B", "lora_B0"))
-        return {"lora_A": torch.cat([A, A0], -2), "lora_B": torch.cat([B, -B0], -1)} | others
+        return doubled(factors) if self.init in KEEPS_START else dict(factors)
 
     def of_peft(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what ``to_peft`` was given."""
-        if self.init not in KEEPS_START:
-            return dict(factors)
-        (A, A0), (B, negative_B0) = factors["lora_A"].chunk(2, -2), factors["lora_B"].chunk(2, -1)
-        return {**factors, "lora_A": A, "lora_B": B, "lora_A0": A0, "lora_B0": -negative_B0}
+        return halved(factors, self.freeze_A) if self.init in KEEPS_START else dict(factors)
 
     @property
     def factor(self) -> float:
@@ -172,7 +212,8 @@ class LoRA(Method):
 class LoRAAdapter(Adapter):
     """The pair ``lora_A`` (r, in), ``lora_B`` (out, r); with one more dimension in front for a stack of matrices.
 
-    ``lora_A0`` and ``lora_B0`` are frozen copies of the pair's start, where the start has a product that is not 0.
+    ``lora_A0`` and ``lora_B0`` are frozen copies of the pair's start, where that has a product that is not 0; a frozen
+    ``lora_A`` needs no copy.
     """
 
     roles: ClassVar[dict[str, Role]] = {"lora_A": "A", "lora_B": "B", "lora_A0": "A", "lora_B0": "B"}
@@ -201,9 +242,9 @@ class LoRAAdapter(Adapter):
         A = torch.empty(*stack, method.r, in_features, device=device, dtype=dtype)
         B = torch.empty(*stack, out_features, method.r, device=device, dtype=dtype)
         kept = method.init in KEEPS_START
-        self.lora_A = nn.Parameter(A)
+        self.lora_A = nn.Parameter(A, requires_grad=not method.freeze_A)
         self.lora_B = nn.Parameter(B)
-        self.lora_A0 = nn.Parameter(torch.empty_like(A), requires_grad=False) if kept else None
+        self.lora_A0 = nn.Parameter(torch.empty_like(A), requires_grad=False) if kept and not method.freeze_A else None
         self.lora_B0 = nn.Parameter(torch.empty_like(B), requires_grad=False) if kept else None
         self.reset_parameters()
 
@@ -244,8 +285,10 @@ class LoRAAdapter(Adapter):
 
         ``B A - B0 A0 = (B - B0) A + B0 (A - A0)``, whose differences are exact zeros at the start.
         """
-        if self.lora_A0 is None or self.lora_B0 is None:
+        if self.lora_B0 is None:
             return self.lora_B, self.lora_A
+        if self.lora_A0 is None:  # A is frozen, and so its own start
+            return self.lora_B - self.lora_B0, self.lora_A
         up = torch.cat([self.lora_B - self.lora_B0, self.lora_B0], -1)
         return up, torch.cat([self.lora_A, self.lora_A - self.lora_A0], -2)
 
