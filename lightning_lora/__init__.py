@@ -15,6 +15,7 @@ from lightning_lora.methods.dylora import DyLoRA, at_rank, truncate_
 from lightning_lora.methods.hira import HiRA
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.methods.lora_drop import LoRADrop
+from lightning_lora.methods.lora_fa import LoRAFA
 from lightning_lora.methods.relora import ReLoRA
 from lightning_lora.methods.vera import VeRA
 from lightning_lora.optim import param_groups
@@ -36,6 +37,7 @@ __all__ = [
     "LoRA",
     "LoRACallback",
     "LoRADrop",
+    "LoRAFA",
     "Method",
     "ReLoRA",
     "RankCurve",

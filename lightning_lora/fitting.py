@@ -99,7 +99,7 @@ def fit_factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str
             if not tensor.is_floating_point():
                 raise AdapterError(f"{file.path}: {key} is stored as {tensor.dtype}, not as floating point")
             used.add(key)
-        yield {factor: file.factor(name, factor) for factor in shapes if file.has(name, factor)}
+        yield file.factors(name, blank)
     extra = sorted(set(file.tensors) - used)
     if extra:
         raise AdapterError(f"{file.path}: it holds tensors that belong to no adapted module: {some(extra)}")
@@ -192,4 +192,5 @@ def _blank(file: AdapterFile, name: str, layout: Layout, size: tuple[int, ...]) 
 def _shapes(file: AdapterFile, name: str, blank: Adapter, size: tuple[int, ...]) -> dict[str, torch.Size]:
     """Return the shape in the file of each of an adapter's factors."""
     form = file.stored[name].form
-    return {factor: form.stored(factor, tensor, size).shape for factor, tensor in blank.state_dict().items()}
+    written = form.written(file.methods[name], blank.state_dict())
+    return {factor: form.stored(factor, tensor, size).shape for factor, tensor in written.items()}

@@ -127,14 +127,7 @@ def insert(
     seed = torch.initial_seed() if seed is None else seed
     built: dict[str, Adapter] = {}
     for one, method in new:
-        weight = getattr(one.site.module, one.site.parameter)
-        built[one.site.name] = method.build(
-            one.shape,
-            seed=_seed_of(seed, one.site.name),
-            device=weight.device,
-            dtype=dtype or _adapter_dtype(weight),
-            layout=one.layout,
-        )
+        built[one.site.name] = _build(one, method, seed, dtype)
     if new:
         new[0][1].attach({site.name: site.adapter(task) for site in sites(model, task)} | built)
         _freeze(model)
@@ -276,6 +269,20 @@ def _check_forwards(model: nn.Module, targets: Sequence[Candidate]) -> None:
                     "adapter would never run: replace it after the injection, or in a subclass, or leave the layer "
                     f"out with exclude_modules=['{name.rpartition('.')[0]}']"
                 )
+
+
+def _build(one: Candidate, method: Method, seed: int, dtype: torch.dtype | None) -> Adapter:
+    weight = getattr(one.site.module, one.site.parameter)
+    try:
+        return method.build(
+            one.shape,
+            seed=_seed_of(seed, one.site.name),
+            device=weight.device,
+            dtype=dtype or _adapter_dtype(weight),
+            layout=one.layout,
+        )
+    except ValueError as error:
+        raise ValueError(f"{one.site.name}: {error}") from None
 
 
 def _slot(one: Candidate) -> Slot:

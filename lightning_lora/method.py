@@ -99,9 +99,33 @@ class Method(ABC):
         """Return why LoRA+'s learning-rate ratio between B and A means nothing here, or None if it does."""
         return None
 
+    def doubts(self, lr_ratio: float = 1.0) -> list[str]:
+        """Return sentences on choices that are allowed and will disappoint.
+
+        Args:
+            lr_ratio: Learning rate of B divided by that of A.
+        """
+        return []
+
     def at(self: M, r: int, alpha: float) -> M:
         """Return the same method with another rank and alpha, for one site."""
         return dataclasses.replace(self, r=r, alpha=alpha)  # type: ignore[type-var]
+
+    def to_peft(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return an adapter's parameters as those that PEFT has for the same change: here as they are.
+
+        Args:
+            factors: All of one adapter, by name.
+        """
+        return dict(factors)
+
+    def of_peft(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what ``to_peft`` was given, bit for bit.
+
+        Args:
+            factors: What it returned.
+        """
+        return dict(factors)
 
     def peft_config(self) -> dict[str, Any] | None:
         """Return the fields of PEFT's ``adapter_config.json`` that express this method, or None if it has none."""

@@ -228,7 +228,7 @@ def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -
         method = file.methods[name]
         adapter = method.build(shape, seed=0, device=meta, dtype=dtype, layout=layout)
         method.attach({name: adapter})
-        values = {factor: file.factor(name, factor).to(dtype) for factor in adapter.state_dict()}
+        values = {factor: tensor.to(dtype) for factor, tensor in file.factors(name, adapter).items()}
         adapter.load_state_dict(values, assign=True)
     except AdapterError:
         raise

@@ -173,19 +173,26 @@ def _fields(network: nn.Module, found: Mapping[str, Site], parameters: set[str],
 
 def _values(found: Mapping[str, Site], methods: Mapping[str, Method], parameters: set[str]) -> dict[str, Any]:
     """Return what the config says of the method, with the patterns that its type has in PEFT."""
-    common = Counter(methods.values()).most_common(1)[0][0]
-    config = common.peft_config() or {}
+    written = {name: method.peft_config() or {} for name, method in methods.items()}
+    common = Counter(methods.values()).most_common(1)[0][0].peft_config() or {}
     keys = {name: _exactly(name if name in parameters else _module(name)) for name in found}
     patterns = {
-        "rank_pattern": {keys[name]: method.r for name, method in methods.items() if method.r != common.r},
-        "alpha_pattern": {keys[name]: method.alpha for name, method in methods.items() if method.alpha != common.alpha},
+        "rank_pattern": _others(written, common, "r", keys),
+        "alpha_pattern": _others(written, common, "lora_alpha", keys),
     }
     transposed = any(found[name].slot.layout.transposed for name in found if name not in parameters)
     return {
-        **config,
-        **{name: pattern for name, pattern in patterns.items() if name in _OPTIONS[config["peft_type"]]},
+        **common,
+        **{name: pattern for name, pattern in patterns.items() if name in _OPTIONS[common["peft_type"]]},
         **({"fan_in_fan_out": True} if transposed else {}),
     }
+
+
+def _others(
+    written: Mapping[str, Mapping[str, Any]], common: Mapping[str, Any], field: str, keys: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return a field's values where they are not the common one."""
+    return {keys[name]: values[field] for name, values in written.items() if values.get(field) != common.get(field)}
 
 
 def _why_not_sites(

@@ -16,6 +16,7 @@ from lightning_lora.layers.embedding import AdaptedEmbedding
 from lightning_lora.layers.linear import AdaptedLinear
 from lightning_lora.layers.seam import AdaptedLayer, plain_class
 from lightning_lora.layout import Layout
+from lightning_lora.method import Method
 from lightning_lora.sites import join
 
 
@@ -64,6 +65,21 @@ class Form:
         """
         return tensor
 
+    @classmethod
+    def written(cls, method: Method, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return an adapter's parameters as those that go into the file.
+
+        Args:
+            method: The adapter's.
+            factors: All of one adapter, by name.
+        """
+        return method.to_peft(factors)
+
+    @classmethod
+    def read(cls, method: Method, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what ``written`` was given, from what it returned."""
+        return method.of_peft(factors)
+
 
 class OwnForm(Form):
     """Any factor under its own name and in its own shape: a file that no other library reads."""
@@ -72,6 +88,16 @@ class OwnForm(Form):
     def end(cls, factor: str) -> str:
         """Return the factor's own name."""
         return factor
+
+    @classmethod
+    def written(cls, method: Method, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return them as they are."""
+        return dict(factors)
+
+    @classmethod
+    def read(cls, method: Method, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return them as they are."""
+        return dict(factors)
 
 
 class EmbeddingForm(Form):

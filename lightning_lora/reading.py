@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_lora import peft_format, peft_reading
+from lightning_lora.adapter import Adapter, stored_factors
 from lightning_lora.description import check_description, layouts_of, methods_of, redrawn, sizes_of, tied_of
 from lightning_lora.files import AdapterError, parse_json, read_tensors
 from lightning_lora.layout import Layout
@@ -57,25 +58,41 @@ class AdapterFile(NamedTuple):
         """Tell whether the file holds a factor of a site."""
         return self.stored[site].key(name) in self.tensors
 
-    def factor(self, site: str, name: str) -> Tensor:
-        """Return one factor of one site as the adapter has it.
+    def factors(self, site: str, blank: Adapter) -> dict[str, Tensor]:
+        """Return the parameters of one site's adapter.
 
         Args:
             site: The site's name in the network.
-            name: The adapter's parameter, such as ``lora_A``.
+            blank: An adapter of its method and shape.
+
+        Raises:
+            AdapterError: If one is not there, or in no shape that it can have.
+        """
+        form, method = self.stored[site].form, self.methods[site]
+        written = form.written(method, blank.state_dict())
+        held = [name for name in written if name in stored_factors(blank) or self.has(site, name)]
+        return form.read(method, {name: self.factor(site, name) for name in held})
+
+    def factor(self, site: str, name: str) -> Tensor:
+        """Return one factor of one site as PEFT's adapter has it.
+
+        Args:
+            site: The site's name in the network.
+            name: The factor's, such as ``lora_A``.
 
         Raises:
             AdapterError: If it is not there, or in no shape that it can have.
         """
-        stored = self.stored[site]
+        stored, method = self.stored[site], self.methods[site]
+        r = (method.peft_config() or {}).get("r", method.r)
         key = stored.key(name)
         if key not in self.tensors:
             raise AdapterError(f"{self.path}: {key} is missing: copy or save the folder again")
         try:
-            return stored.form.live(name, self.tensors[key], self.methods[site].r, self.layouts[site])
+            return stored.form.live(name, self.tensors[key], r, self.layouts[site])
         except (RuntimeError, IndexError):
             raise AdapterError(
-                f"{self.path}: {key} has shape {list(self.tensors[key].shape)}, which fits no r={self.methods[site].r}"
+                f"{self.path}: {key} has shape {list(self.tensors[key].shape)}, which fits no r={r}"
             ) from None
 
     def siblings(self) -> list[list[str]]:

@@ -33,7 +33,8 @@ def rows(found: list[Site], task: str = "default") -> list[tuple[str, ...]]:
             str(adapter.method.r),
             f"{adapter.method.alpha:g}",
         )
-        groups.setdefault(key, []).append((site.name, sum(p.numel() for p in adapter.parameters(recurse=False))))
+        trained = sum(p.numel() for p in adapter.parameters(recurse=False) if p.requires_grad)
+        groups.setdefault(key, []).append((site.name, trained))
     table: list[tuple[str, ...]] = []
     for (names, shape, r, alpha), members in groups.items():
         name = members[0][0] if len(members) == 1 else names

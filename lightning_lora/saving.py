@@ -110,10 +110,10 @@ def _network_files(
     for name, site in found.items():
         module, _, key = site.name.rpartition(".")
         size = tuple(described["sites"][name]["size"])
-        for factor in stored_factors(site.adapter(task)):
-            stored = expressed.stored[name]
-            live = state[join(module, "adapters", key, task, factor)]
-            tensors[stored.key(factor)] = stored.form.stored(factor, live, size)
+        stored, adapter = expressed.stored[name], site.adapter(task)
+        live = {factor: state[join(module, "adapters", key, task, factor)] for factor in stored_factors(adapter)}
+        for factor, tensor in stored.form.written(adapter.method, live).items():
+            tensors[stored.key(factor)] = stored.form.stored(factor, tensor, size)
     for name, key in expressed.full.items():
         tensors[key] = state[join(root, name)]
     folder = f"{root or '_'}/" if several else ""

@@ -231,7 +231,7 @@ METHODS: dict[str, Method] = {
     name: cls().at(2, ALPHAS.get(name, 3.0))
     for name, cls in known_methods().items()
     if cls.__module__.startswith("lightning_lora.methods.")
-}
+} | {"LoRA that keeps its start": LoRA(r=2, alpha=3.0, init="pissa")}
 MODES = ["training", "evaluation with gradients", "inference"]
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -82,6 +82,7 @@ from lightning_lora import (
     DoRA,
     LoRA,
     LoRACallback,
+    LoRAFA,
     ReLoRA,
     VeRA,
     inject,
@@ -126,6 +127,21 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "lora_bias=True is not supported, because it computes something else than plain LoRA: merge it into the "
         "base with PEFT": lambda: LoRA.from_peft({"peft_type": "LORA", "lora_bias": True}),
+        "init='svd': must be one of kaiming, gaussian, orthogonal, pissa, milora, olora": (
+            lambda: LoRA(init="svd")  # type: ignore[arg-type]
+        ),
+        "gradient='newton': must be one of plain, fa, riemannian, lora_pro": (
+            lambda: LoRA(gradient="newton")  # type: ignore[arg-type]
+        ),
+        "gradient='fa' is for a frozen A: use LoRAFA(gradient='fa'), or gradient='lora_pro'": (
+            lambda: LoRA(gradient="fa")
+        ),
+        "gradient='lora_pro' is for a trained A: with a frozen one use gradient='fa'": (
+            lambda: LoRAFA(gradient="lora_pro")
+        ),
+        "r=3: init='orthogonal' gives half of the rank to each factor: use an even r": (
+            lambda: LoRA(r=3, init="orthogonal")
+        ),
         "init_lora_weights='pissa' changed the base's weights too: convert it to plain LoRA with PEFT's "
         "save_pretrained(..., path_initial_model_for_weight_conversion=...)": (
             lambda: LoRA.from_peft({"peft_type": "LORA", "init_lora_weights": "pissa"})
@@ -176,6 +192,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "restart_every=0: must be a whole number of at least 1": lambda: ReLoRA(restart_every=0),
         "warmup=-1: must be a whole number of at least 0": lambda: ReLoRA(warmup=-1),
         "prune=2: must be from 0 to 1, such as prune=0.99": lambda: ReLoRA(prune=2),
+    },
+    ("initialisations", ValueError): {
+        "first.weight: r=5: init='pissa' takes 5 directions of a matrix, and this one is 8 x 4: give it a smaller rank "
+        "by rank_pattern, or leave it out with exclude_modules": lambda: inject(net(), LoRA(r=5, init="pissa")),
     },
     ("layout", ValueError): {
         "layout: groups=0 is no field of a layout, or out of its range": lambda: Layout.from_description({"groups": 0}),
@@ -329,11 +349,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "through the model where it is built, in __init__, setup or configure_model, or give in_features": (
             lambda: adapted(net(third=nn.LazyLinear(3)))
         ),
-        "first.weight already has the adapter 'default' with LoRA(r=2, alpha=4, dropout=0.0, scaling='linear'), "
-        "not LoRA(r=4, alpha=4, dropout=0.0, scaling='linear'): call remove(model, 'default') first, or give "
+        "first.weight already has the adapter 'default' with LoRA(r=2, alpha=4, ...), "
+        "not LoRA(r=4, alpha=4, ...): call remove(model, 'default') first, or give "
         "another task name": lambda: inject(adapted(), LoRA(r=4, alpha=4)),
-        "the adapter 'default' is already there with LoRA(r=2, alpha=4, dropout=0.0, scaling='linear'), not "
-        "LoRA(r=2, alpha=4, dropout=0.5, scaling='linear'), and a task has one method: call remove(model, "
+        "the adapter 'default' is already there with LoRA(r=2, alpha=4, ...), not "
+        "LoRA(r=2, alpha=4, dropout=0.5, ...), and a task has one method: call remove(model, "
         "'default') first, or give another task name": (
             lambda: inject(adapted(target_modules=["first"]), LoRA(r=2, alpha=4, dropout=0.5), ["second"])
         ),
@@ -414,6 +434,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("derived_groups", ValueError): {
+        "lr_ratio=16: LoRA-FA freezes A, so lr_B/lr_A has no denominator: raise lr instead": (
+            lambda: LoRACallback(LoRAFA(), lr_ratio=16)
+        ),
+        "lr_ratio=16: LoRA-Pro fits the gradients of A and B to one another, for one learning rate: use lr_ratio=1": (
+            lambda: LoRACallback(LoRA(gradient="lora_pro"), lr_ratio=16)
+        ),
         "lr_ratio=0: must be a finite number above 0; 1 is plain LoRA, LoRA+ suggests 16": (
             lambda: LoRACallback(lr_ratio=0)
         ),
@@ -601,17 +627,16 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "both: two of its folders adapt first.weight, second.weight: load one of them, such as both/two": (
             lambda: load_adapter(net(), twice())
         ),
-        "best.adapter: first.weight already has the adapter 'default' with LoRA(r=4, alpha=16.0, dropout=0.0, "
-        "scaling='linear'), not LoRA(r=2, alpha=4, dropout=0.0, scaling='linear'): call remove(model, 'default') "
-        "first, or give another task name": (
+        "best.adapter: first.weight already has the adapter 'default' with LoRA(r=4, alpha=16.0, ...), not "
+        "LoRA(r=2, alpha=4, ...): call remove(model, 'default') first, or give another task name": (
             lambda: load_adapter((model := net(), inject(model, LoRA(r=4)))[0], saved())
         ),
         "best.ckpt: it adapts other matrices than this run: only in the checkpoint: net.second.weight; only here: "
         "none. Use the target_modules that it was trained with": (
             lambda: resume(checkpoint(), exclude_modules=["second"])
         ),
-        "best.ckpt: net.first.weight was trained with LoRA(r=2, alpha=16.0, dropout=0.0, scaling='linear'), but "
-        "this run has LoRA(r=4, alpha=16.0, dropout=0.0, scaling='linear'): give method, rank_pattern and "
+        "best.ckpt: net.first.weight was trained with LoRA(r=2, alpha=16.0, ...), but "
+        "this run has LoRA(r=4, alpha=16.0, ...): give method, rank_pattern and "
         "alpha_pattern as they were": lambda: resume(checkpoint(), rank_pattern={"first": 4}),
         "best.ckpt: it adapts net.first.weight, net.second.weight, which Bare does not have: build it as it was "
         "trained": lambda: load_from_checkpoint(Bare, checkpoint()),

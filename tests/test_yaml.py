@@ -23,7 +23,7 @@ CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 class Plain(LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
 
     def training_step(self, batch, batch_idx):
         return self.net(batch[0]).square().mean()
@@ -32,7 +32,7 @@ class Plain(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     def train_dataloader(self):
-        return DataLoader(TensorDataset(torch.ones(8, 8)), batch_size=4)
+        return DataLoader(TensorDataset(torch.ones(8, 16)), batch_size=4)
 
 
 class ParsedOnly(LightningCLI):

@@ -171,6 +171,8 @@ class LoRACallback(Callback):
             if tied is not None:
                 rank_zero_warn(tied)
             rank_zero_info(f"{table(self._found)}\n{totals(pl_module)}")
+            for doubt in self.method.doubts(self.lr_ratio):
+                rank_zero_warn(doubt)
             vain = without_dropout(pl_module, self._found)
             if vain:
                 rank_zero_warn(

@@ -156,7 +156,10 @@ class DeltaLoRAAdapter(LoRAAdapter):
         ratio, a, b = self.update_ratio, self.lora_A.detach(), self.lora_B.detach()
         up = torch.cat([self.lora_B + ratio * b, -ratio * self.snapshot_B], -1)
         down = torch.cat([a + (self.lora_A - a) / (1 + ratio), self.snapshot_A], -2)
-        return up, down
+        if self.lora_B0 is None:
+            return up, down
+        start = self.lora_A.detach() if self.lora_A0 is None else self.lora_A0
+        return torch.cat([up, -self.lora_B0], -1), torch.cat([down, start], -2)
 
     @override
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -16,16 +16,32 @@ r"""LoRA (Hu et al., 2021, arXiv:2106.09685).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter, Role
+from lightning_lora.initialisations import (
+    FROM_SHAPE,
+    FROM_WEIGHT,
+    KEEPS_START,
+    Initialisation,
+    check_rank,
+    doubled,
+    halved,
+    kaiming,
+    looked_up,
+)
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
+from lightning_lora.preconditioners import Gradient, Preconditioner
+from lightning_lora.schedule import Schedule
+
+if TYPE_CHECKING:
+    from lightning_lora.sites import Site
 
 _OTHER_COMPUTATIONS = (  # options of PEFT's LoraConfig that make it something else than W + scale * B @ A
     "use_qalora",
@@ -51,6 +67,11 @@ class LoRA(Method):
         dropout: Probability with which an element of the adapter's input is zeroed during training.
         scaling: ``linear`` divides alpha by r, as in the paper; ``rsqrt`` divides it by the root of r, which keeps the
             change's size as the rank grows (rsLoRA, Kalajdzievski, 2023, arXiv:2312.03732).
+        init: How the factors start: see ``initialisations``. Those that the papers subtract from the base (``pissa``,
+            ``milora``, ``olora``) leave it as it is here: the adapter adds ``B A`` minus what that was at the start.
+        gradient: How the gradients of A and B are changed before each step: see ``preconditioners``; ``fa`` goes with a
+            frozen A only, the others with a trained one.
+        freeze_A: Whether ``lora_A`` stays as it starts (LoRA-FA).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -61,6 +82,9 @@ class LoRA(Method):
     alpha: float = 16.0
     dropout: float = 0.0
     scaling: Literal["linear", "rsqrt"] = "linear"
+    init: Initialisation = "kaiming"
+    gradient: Gradient = "plain"
+    freeze_A: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < self.lowest_rank:
@@ -73,6 +97,16 @@ class LoRA(Method):
             raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
         if self.scaling not in ("linear", "rsqrt"):
             raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
+        if self.init not in get_args(Initialisation):
+            raise ValueError(f"init={self.init!r}: must be one of {', '.join(get_args(Initialisation))}")
+        if self.init == "orthogonal" and self.r % 2:
+            raise ValueError(f"r={self.r}: init='orthogonal' gives half of the rank to each factor: use an even r")
+        if self.gradient not in get_args(Gradient):
+            raise ValueError(f"gradient={self.gradient!r}: must be one of {', '.join(get_args(Gradient))}")
+        if self.gradient == "fa" and not self.freeze_A:
+            raise ValueError("gradient='fa' is for a frozen A: use LoRAFA(gradient='fa'), or gradient='lora_pro'")
+        if self.gradient in ("riemannian", "lora_pro") and self.freeze_A:
+            raise ValueError(f"gradient={self.gradient!r} is for a trained A: with a frozen one use gradient='fa'")
 
     def build(
         self,
@@ -83,21 +117,68 @@ class LoRA(Method):
         dtype: torch.dtype,
         layout: Layout | None = None,
     ) -> Adapter:
-        """Create the adapter of one (out, in) matrix, or of a stack of them."""
+        """Create the adapter of one (out, in) matrix, or of a stack of them.
+
+        Raises:
+            ValueError: If the matrix has fewer directions than its initialisation takes.
+        """
         return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
 
+    def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:
+        """Return what changes the gradients, if anything does."""
+        if self.gradient == "plain":
+            return []
+        return [Preconditioner(self.gradient, [site.adapter(task) for site in sites])]
+
+    def why_no_ratio(self) -> str | None:
+        """Return why the learning rates of B and A have no ratio."""
+        if self.freeze_A:
+            return "LoRA-FA freezes A, so lr_B/lr_A has no denominator: raise lr instead"
+        if self.gradient == "lora_pro":
+            return "LoRA-Pro fits the gradients of A and B to one another, for one learning rate: use lr_ratio=1"
+        return None
+
+    def doubts(self, lr_ratio: float = 1.0) -> list[str]:
+        """Return what is allowed and will disappoint."""
+        found = []
+        if self.freeze_A and self.dropout:
+            found.append(
+                f"dropout={self.dropout:g}: with dropout the adapter keeps its whole input for the backward pass, so a "
+                "frozen A saves no memory: use dropout=0"
+            )
+        if lr_ratio != 1 and self.init in (*KEEPS_START, "orthogonal"):
+            found.append(
+                f"lr_ratio={lr_ratio:g}: LoRA+ is derived for a B that starts at zero, and init={self.init!r} starts "
+                "it elsewhere: take the ratio as one more thing to tune, or use lr_ratio=1"
+            )
+        return found
+
     def peft_config(self) -> dict[str, Any] | None:
-        """Return PEFT's names for these fields."""
-        alpha = (
-            int(self.alpha) if float(self.alpha).is_integer() else self.alpha
-        )  # some readers take whole numbers only
+        """Return PEFT's names for these fields; where the start is kept, for the LoRA of twice the rank that it is."""
+        r, alpha, rsqrt = self.r, float(self.alpha), self.scaling == "rsqrt"
+        if self.init in KEEPS_START:
+            r, alpha, rsqrt = 2 * r, 2 * r * self.factor, False
         return {
             "peft_type": "LORA",
-            "r": self.r,
-            "lora_alpha": alpha,
+            "r": r,
+            "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # some readers take whole numbers only
             "lora_dropout": self.dropout,
-            "use_rslora": self.scaling == "rsqrt",
+            "use_rslora": rsqrt,
         }
+
+    def to_peft(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``[A; A0]`` and ``[B, -B0]`` where the start is kept; their product is the change."""
+        return doubled(factors) if self.init in KEEPS_START else dict(factors)
+
+    def of_peft(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what ``to_peft`` was given."""
+        return halved(factors, self.freeze_A) if self.init in KEEPS_START else dict(factors)
+
+    @property
+    def factor(self) -> float:
+        """The factor s on ``lora_B @ lora_A``."""
+        rank = max(self.r, 1)  # methods that allow a rank of 0 train something else there
+        return self.alpha / (math.sqrt(rank) if self.scaling == "rsqrt" else rank)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> LoRA | None:
@@ -129,9 +210,16 @@ class LoRA(Method):
 
 
 class LoRAAdapter(Adapter):
-    """The pair ``lora_A`` (r, in), ``lora_B`` (out, r); with one more dimension in front for a stack of matrices."""
+    """The pair ``lora_A`` (r, in), ``lora_B`` (out, r); with one more dimension in front for a stack of matrices.
 
-    roles: ClassVar[dict[str, Role]] = {"lora_A": "A", "lora_B": "B"}
+    ``lora_A0`` and ``lora_B0`` are frozen copies of the pair's start, where that has a product that is not 0; a frozen
+    ``lora_A`` needs no copy.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {"lora_A": "A", "lora_B": "B", "lora_A0": "A", "lora_B0": "B"}
+    method: LoRA
+    lora_A0: nn.Parameter | None
+    lora_B0: nn.Parameter | None
 
     def __init__(
         self,
@@ -144,40 +232,65 @@ class LoRAAdapter(Adapter):
         layout: Layout,
     ) -> None:
         super().__init__()
+        check_rank(method.init, method.r, shape)
         *stack, out_features, in_features = shape
         self.method = method
         self.seed = seed
         self.layout = layout
         self.dropout = method.dropout
-        rank = max(method.r, 1)  # methods that allow a rank of 0 train something else there
-        self.scaling = method.alpha / (math.sqrt(rank) if method.scaling == "rsqrt" else rank)
-        self.lora_A = nn.Parameter(torch.empty(*stack, method.r, in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(*stack, out_features, method.r, device=device, dtype=dtype))
+        self.scaling = method.factor
+        A = torch.empty(*stack, method.r, in_features, device=device, dtype=dtype)
+        B = torch.empty(*stack, out_features, method.r, device=device, dtype=dtype)
+        kept = method.init in KEEPS_START
+        self.lora_A = nn.Parameter(A, requires_grad=not method.freeze_A)
+        self.lora_B = nn.Parameter(B)
+        self.lora_A0 = nn.Parameter(torch.empty_like(A), requires_grad=False) if kept and not method.freeze_A else None
+        self.lora_B0 = nn.Parameter(torch.empty_like(B), requires_grad=False) if kept else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw ``lora_A`` as the released code does, and set ``lora_B`` to zero.
+        """Draw the factors as the initialisation says; one that takes the weight is as LoRA's own until that is there.
 
-        ``lora_A`` is drawn like the weight of an ``nn.Linear`` (not by the paper's Gaussian), and from a standard
-        normal distribution where rows are looked up. In an embedding it is the factor that the released code calls
-        ``lora_B``: the one that is looked up starts at zero in both.
+        In an embedding ``lora_A`` is the factor that the released code calls ``lora_B``: the one that is looked up
+        starts at zero in both.
         """
+        init = self.method.init
+        self.waits_for_weight = init in FROM_WEIGHT
         if self.lora_A.is_meta:
             return
-        drawn = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
-        generator = torch.Generator().manual_seed(self.seed)
-        if self.layout.looked_up:
-            drawn.normal_(generator=generator)
-        else:
-            bound = 1 / math.sqrt(drawn.shape[-1])
-            drawn.uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            self.lora_A.copy_(drawn)
-            self.lora_B.zero_()
+        draw = looked_up if self.layout.looked_up and init != "orthogonal" else FROM_SHAPE.get(init, kaiming)
+        self.start_at(*draw(self.lora_A.shape, self.lora_B.shape, torch.Generator().manual_seed(self.seed)))
+
+    def start_from(self, weight: Tensor) -> None:
+        """Take the factors from the weight, where the initialisation says so."""
+        start = FROM_WEIGHT.get(self.method.init)
+        if start is not None:
+            self.start_at(*start(weight, self.method.r, self.scaling))
+
+    @torch.no_grad()
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Set the factors and, where it is kept, their start.
+
+        Args:
+            A: As ``lora_A``.
+            B: As ``lora_B``.
+        """
+        for value, factor, start in ((A, self.lora_A, self.lora_A0), (B, self.lora_B, self.lora_B0)):
+            factor.copy_(value)
+            if start is not None:
+                start.copy_(factor)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``lora_B`` (out, r) and ``lora_A`` (r, in)."""
-        return self.lora_B, self.lora_A
+        """Return ``lora_B`` (out, r) and ``lora_A`` (r, in), or those of twice the rank where the start is kept.
+
+        ``B A - B0 A0 = (B - B0) A + B0 (A - A0)``, whose differences are exact zeros at the start.
+        """
+        if self.lora_B0 is None:
+            return self.lora_B, self.lora_A
+        if self.lora_A0 is None:  # A is frozen, and so its own start
+            return self.lora_B - self.lora_B0, self.lora_A
+        up = torch.cat([self.lora_B - self.lora_B0, self.lora_B0], -1)
+        return up, torch.cat([self.lora_A, self.lora_A - self.lora_A0], -2)
 
     def extra_repr(self) -> str:
         """Show rank and scale where the model is printed."""

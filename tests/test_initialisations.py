@@ -1,0 +1,320 @@
+"""How LoRA's factors start: what each start is, that the model starts as its base, and PEFT's numbers beside ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import peft
+import pytest
+import torch
+from conftest import Lit, loader
+from torch import Tensor, nn
+
+from lightning_lora import LoRA, LoRACallback, inject, load_adapter, merged, offline, save_adapter, sites, using
+from lightning_lora.initialisations import KEEPS_START, milora, olora, pissa
+
+every_kept_start = pytest.mark.parametrize("init", ["pissa", "milora", "olora"])
+
+
+class Mlp(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 9, dtype=dtype), nn.Linear(9, 5, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def mlp(dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(4)
+    return Mlp(dtype)
+
+
+def data(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def adapted(init: Any, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
+    model = mlp(dtype)
+    inject(model, LoRA(r=2, alpha=6, init=init, **fields), seed=1)
+    return model
+
+
+def change(model: nn.Module) -> None:
+    with torch.no_grad():
+        for site in sites(model):
+            for name in ("lora_A", "lora_B"):
+                parameter = getattr(site.adapter("default"), name)
+                parameter.add_(0.1 * data(*parameter.shape))
+
+
+# ---- what the starts are
+
+
+def test_gaussian_draws_a_with_deviation_one_over_the_rank_and_sets_b_to_zero() -> None:
+    model = nn.Sequential(nn.Linear(4000, 3))
+    (site,) = inject(model, LoRA(r=4, init="gaussian"), seed=0)
+    adapter = site.adapter("default")
+    assert adapter.lora_A.std().item() == pytest.approx(1 / 4, rel=0.02)
+    assert not adapter.lora_B.any()
+
+
+def test_orthogonal_starts_both_factors_off_zero_with_a_product_of_zero() -> None:
+    model = adapted("orthogonal")
+    for site in sites(model):
+        adapter = site.adapter("default")
+        assert adapter.lora_A.std() > 0.01
+        assert adapter.lora_B.std() > 0.01
+        assert (adapter.lora_B @ adapter.lora_A).abs().max() < 1e-16
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (3, 6, 4)], ids=["tall", "wide", "stack"])
+def test_pissa_takes_the_best_approximation_of_the_weight_with_its_singular_values_halved_between_the_factors(
+    shape: tuple[int, ...],
+) -> None:
+    weight, s, r = data(*shape), 3.0, 2
+    A, B = pissa(weight, r, s)
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    best = U[..., :r] @ torch.diag_embed(S[..., :r]) @ Vh[..., :r, :]
+    assert torch.allclose(s * B @ A, best, atol=1e-14)
+    assert torch.allclose(A @ A.mT, torch.diag_embed(S[..., :r] / s), atol=1e-14)
+    assert torch.allclose(B.mT @ B, torch.diag_embed(S[..., :r] / s), atol=1e-14)
+
+
+def test_milora_takes_what_the_best_approximation_of_the_complementary_rank_leaves() -> None:
+    weight, s, r = data(7, 5), 3.0, 2
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    A, B = milora(weight, r, s)
+    assert torch.allclose(s * B @ A, weight - U[:, :3] @ S[:3].diag() @ Vh[:3], atol=1e-14)
+    assert torch.allclose(A @ A.mT, (S[3:] / s).diag(), atol=1e-14)
+
+
+def test_olora_takes_orthonormal_columns_and_a_triangle_that_give_the_weights_first_columns() -> None:
+    weight = data(7, 5)
+    A, B = olora(weight, 2, 3.0)
+    assert torch.allclose(B.mT @ B, torch.eye(2, dtype=torch.float64), atol=1e-14)
+    assert torch.allclose((B @ A)[:, :2], weight[:, :2], atol=1e-14)
+    assert not A.tril(-1).any()
+
+
+@every_kept_start
+def test_a_start_in_half_precision_is_computed_in_single(init: str) -> None:
+    A, B = {"pissa": pissa, "milora": milora, "olora": olora}[init](data(7, 5, dtype=torch.bfloat16), 2, 1.0)
+    assert A.dtype == B.dtype == torch.float32
+
+
+# ---- the model starts as its base, and computes what the papers compute on a changed base
+
+
+@every_kept_start
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_model_starts_as_its_base_bit_for_bit_and_the_base_is_never_written(init: str, dtype: torch.dtype) -> None:
+    model, plain, x = adapted(init, dtype), mlp(dtype), data(3, 6, dtype=dtype)
+    assert torch.equal(model(x), plain(x))
+    change(model)
+    assert not torch.equal(model(x), plain(x))
+    with using(model):
+        assert torch.equal(model(x), plain(x))
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in plain.named_parameters())
+    with merged(model):
+        pass
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in plain.named_parameters())
+
+
+@every_kept_start
+@pytest.mark.parametrize("scaling", ["linear", "rsqrt"])
+def test_outputs_and_gradients_are_those_of_lora_on_the_papers_residual(init: str, scaling: Any) -> None:
+    model, residual, x = adapted(init, scaling=scaling), mlp().requires_grad_(False), data(3, 6)
+    factors = {}
+    for site in sites(model):
+        adapter, name = site.adapter("default"), site.name.partition(".")[0]
+        layer = getattr(residual, name)
+        layer.weight.data -= adapter.scaling * adapter.lora_B.data @ adapter.lora_A.data
+        assert adapter.scaling == 6 / (2 if scaling == "linear" else math.sqrt(2))
+    change(model)
+    for site in sites(model):
+        adapter, name = site.adapter("default"), site.name.partition(".")[0]
+        A, B = (p.detach().clone().requires_grad_() for p in (adapter.lora_A, adapter.lora_B))
+        layer, factors[name] = getattr(residual, name), (A, B)
+        weight = layer.weight.data + adapter.scaling * B @ A
+        del layer._parameters["weight"]
+        layer.weight = weight
+    assert torch.allclose(model(x), residual(x), rtol=0, atol=1e-13)
+    model(x).square().sum().backward()
+    residual(x).square().sum().backward()
+    for site in sites(model):
+        adapter, (A, B) = site.adapter("default"), factors[site.name.partition(".")[0]]
+        assert torch.allclose(adapter.lora_A.grad, A.grad, rtol=0, atol=1e-12)
+        assert torch.allclose(adapter.lora_B.grad, B.grad, rtol=0, atol=1e-12)
+        assert adapter.lora_A0.grad is adapter.lora_B0.grad is None
+
+
+@every_kept_start
+def test_the_start_of_an_embedding_is_that_of_its_matrix(init: str) -> None:
+    model = nn.Sequential(nn.Embedding(9, 6, dtype=torch.float64))
+    (site,) = inject(model, LoRA(r=2, init=init), ["0"])
+    adapter, index = site.adapter("default"), torch.arange(9)
+    start = adapter.scaling * adapter.lora_B @ adapter.lora_A
+    expected = {"pissa": pissa, "milora": milora, "olora": olora}[init](model[0].weight, 2, adapter.scaling)
+    assert torch.allclose(start, adapter.scaling * expected[1] @ expected[0], atol=1e-14)
+    assert torch.equal(model(index), model[0].weight)
+
+
+@every_kept_start
+def test_a_rank_beyond_the_matrix_is_refused_before_anything_is_changed(init: str) -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match=r"second.weight: r=6: init='\w+' takes 6 directions .* 5 x 9"):
+        inject(model, LoRA(r=6, init=init))
+    assert not sites(model)
+    assert type(model.first) is nn.Linear
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert len(inject(model, LoRA(r=6, init=init), rank_pattern={"second": 5})) == 2
+
+
+def test_every_task_has_its_own_start_of_the_same_base() -> None:
+    model, plain, x = adapted("pissa"), mlp(), data(3, 6)
+    change(model)
+    inject(model, LoRA(r=3, init="olora"), task="second")
+    with using(model, "second"):
+        assert torch.equal(model(x), plain(x))
+    one = adapted("pissa")
+    change(one)
+    with using(model, "default"):
+        assert torch.equal(model(x), one(x))
+
+
+@every_kept_start
+def test_a_base_that_gets_its_values_after_the_injection_gives_the_start_at_the_first_forward(init: Any) -> None:
+    with torch.device("meta"):
+        model = Mlp()
+    inject(model, LoRA(r=2, alpha=6, init=init), seed=1)
+    model.to_empty(device="cpu").load_state_dict(mlp().state_dict(), strict=False)
+    x = data(3, 6)
+    assert torch.equal(model(x), mlp()(x))
+    for site, other in zip(sites(model), sites(adapted(init)), strict=True):
+        assert torch.equal(site.adapter("default").lora_A, other.adapter("default").lora_A)
+
+
+# ---- files
+
+
+@every_kept_start
+def test_a_folder_gives_back_factors_and_start_bit_for_bit(init: Any, tmp_path: Path) -> None:
+    model, fresh = adapted(init, torch.float32), mlp(torch.float32)
+    change(model)
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(fresh, tmp_path / "adapter")
+    for site, other in zip(sites(model), sites(fresh), strict=True):
+        ours, theirs = site.adapter("default"), other.adapter("default")
+        assert ours.method == theirs.method
+        assert list(ours.state_dict()) == ["lora_A", "lora_B", "lora_A0", "lora_B0"]
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+        assert [p.requires_grad for p in theirs.parameters()] == [True, True, False, False]
+
+
+@every_kept_start
+@pytest.mark.parametrize("scaling", ["linear", "rsqrt"])
+def test_peft_reads_the_folder_as_a_lora_of_twice_the_rank_that_computes_the_same(
+    init: Any, scaling: Any, tmp_path: Path
+) -> None:
+    model, x = mlp(torch.float32), data(3, 6, dtype=torch.float32)
+    inject(model, LoRA(r=2, alpha=6, init=init, scaling=scaling), rank_pattern={"second": 3}, alpha_pattern={"*": 5})
+    change(model)
+    save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert sorted([config["r"], *config["rank_pattern"].values()]) == [4, 6]
+    theirs = peft.PeftModel.from_pretrained(mlp(torch.float32), str(tmp_path / "adapter"))
+    assert torch.allclose(theirs(x), model(x), atol=1e-5)
+    assert not torch.allclose(theirs(x), mlp(torch.float32)(x), atol=1e-2)
+
+
+def test_the_portable_form_has_twice_the_rank(tmp_path: Path) -> None:
+    model, x = adapted("pissa", torch.float32), data(3, 6, dtype=torch.float32)
+    change(model)
+    save_adapter(model, tmp_path / "adapter")
+    offline.export(tmp_path / "adapter", tmp_path / "portable")
+    theirs = peft.PeftModel.from_pretrained(mlp(torch.float32), str(tmp_path / "portable"))
+    assert json.loads((tmp_path / "portable" / "adapter_config.json").read_text())["r"] == 4
+    assert torch.allclose(theirs(x), model(x), atol=1e-5)
+
+
+@every_kept_start
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    init: Any, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    def run(**options: Any) -> L.Trainer:
+        return trainer(callbacks=[LoRACallback(LoRA(r=2, init=init))], **options)
+
+    whole, half, rest = run(max_epochs=2), run(max_epochs=1), run(max_epochs=2)
+    modules = [Lit(), Lit(), Lit()]
+    whole.fit(modules[0], loader())
+    half.fit(modules[1], loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    rest.fit(modules[2], loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    one, other = modules[0].state_dict(), modules[2].state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- PEFT
+
+
+def in_peft(init: str, **fields: Any) -> Any:
+    config = peft.LoraConfig(r=2, lora_alpha=6, init_lora_weights=init, target_modules=["first", "second"], **fields)
+    return peft.get_peft_model(mlp(torch.float32), config)
+
+
+def pairs(model: nn.Module, theirs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Every factor of ours with PEFT's."""
+    found = []
+    for site in sites(model):
+        layer = theirs.get_submodule(f"base_model.model.{site.name.partition('.')[0]}")
+        adapter = site.adapter("default")
+        found += [(adapter.lora_A, layer.lora_A["default"].weight), (adapter.lora_B, layer.lora_B["default"].weight)]
+    return found
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_factors_and_five_steps_of_adamw_are_those_of_peft(init: Any, use_rslora: bool) -> None:
+    model = adapted(init, torch.float32, scaling="rsqrt" if use_rslora else "linear")
+    theirs = in_peft(init, use_rslora=use_rslora)
+    x, y = data(8, 6, dtype=torch.float32), data(8, 5, dtype=torch.float32)
+    for ours, other in pairs(model, theirs):  # the sign of a singular vector is free, but the same routine gave both
+        assert torch.allclose(ours, other, atol=1e-6)
+    for one in (model, theirs):
+        optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(one(x), y).backward()
+            optimizer.step()
+    for ours, other in pairs(model, theirs):
+        assert torch.allclose(ours, other, atol=1e-4)
+    assert torch.allclose(model(x), theirs(x), atol=1e-4)
+
+
+def test_orthogonal_of_peft_has_the_same_form() -> None:
+    theirs = in_peft("orthogonal")
+    for _, factor in pairs(adapted("orthogonal"), theirs):
+        assert factor.any()
+    layer = theirs.base_model.model.first
+    assert (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).abs().max() < 1e-7
+
+
+def test_only_starts_with_a_product_that_is_not_zero_are_kept() -> None:
+    for init in ("kaiming", "gaussian", "orthogonal", *KEEPS_START):
+        names = list(sites(adapted(init))[0].adapter("default").state_dict())
+        assert names == ["lora_A", "lora_B", "lora_A0", "lora_B0"][: 4 if init in KEEPS_START else 2]
+
+
+def test_copies_keep_what_an_adapter_waits_for() -> None:
+    with torch.device("meta"):
+        model = Mlp()
+    inject(model, LoRA(r=2, init="pissa"))
+    assert all(site.adapter("default").waits_for_weight for site in sites(copy.deepcopy(model)))
