@@ -94,11 +94,11 @@ def rank_curve(
     check_not_merged(model, "cut the ranks")
     with using(model, task):
         adapters = {site.name: site.adapter(task) for site in sites(model, task)}
-    highest = max(adapter.factors()[1].shape[-2] for adapter in adapters.values())
+    cuts = {adapter: thin_svd(adapter) for adapter in adapters.values()}
+    highest = max(cut.values.shape[-1] for cut in cuts.values())
     ranks = range(highest + 1) if ranks is None else sorted(set(ranks))
     if not ranks or ranks[0] < 0 or ranks[-1] > highest:
         raise ValueError(f"ranks={list(ranks)}: must be between 0 and {highest}, the highest rank of the adapters")
-    cuts = {adapter: thin_svd(adapter) for adapter in adapters.values()}
     sums, count = dict.fromkeys(ranks, 0.0), 0
     with undisturbed(model), using(model, task), loss_of(model, loss) as loss_at, torch.no_grad():
         for batch in batches:
@@ -126,7 +126,7 @@ def _cut(cuts: Mapping[Adapter, ThinSVD], rank: int) -> Iterator[None]:
     try:
         for adapter, (left, values, right) in cuts.items():
             up, down = adapter.factors()
-            if rank < down.shape[-2]:
+            if rank < values.shape[-1]:
                 kept = values * (torch.arange(values.shape[-1], device=values.device) < rank)
                 factors = ((left * kept[..., None, :]).to(up), right.to(down))
                 adapter.__dict__["factors"] = partial(tuple, factors)

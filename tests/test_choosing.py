@@ -14,14 +14,20 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Lit, Net, loader
 from torch import Tensor, nn
 
 from lightning_lora import (
+    AdaLoRA,
+    DeltaLoRA,
+    DoRA,
     LoRA,
     LoRACallback,
+    Method,
     Recommendation,
     Score,
+    VeRA,
     inject,
     param_groups,
     rank_curve,
@@ -413,7 +419,7 @@ def test_losses_are_those_of_a_plain_model_with_the_svd_cut_by_hand(kind: str) -
     inject(model, LoRA(r=3, alpha=2), ["layer"])
     trained(model)
     curve = rank_curve(model, [x, x[:1]], squares(model))
-    assert list(curve.losses) == [0, 1, 2, 3]
+    assert list(curve.losses) == list(range(1 + min(3, *sites(model)[0].adapter("default").delta().shape[-2:])))
     deltas = {site: site.adapter("default").delta().detach() for site in sites(model)}
     for rank, loss in curve.losses.items():
         error = 0.0
@@ -586,14 +592,13 @@ def test_gradient_scores_are_those_of_the_mean_loss_by_dense_svd(
             model.layer.sparse = False
         inject(model, LoRA(r=3, alpha=2), ["layer"])
         trained(model)
-    scores = scores_of(
-        recommend_targets(
-            model, batches, squares(model), r=2, n_batches=n_batches, target_modules=["layer"], passes=passes
-        )
+    recommendation = recommend_targets(
+        model, batches, squares(model), r=2, n_batches=n_batches, target_modules=["layer"], passes=passes
     )
+    scores = scores_of(recommendation)
     gradients = mean_gradients(model, squares, batches[:n_batches])
     found = find_targets(model, ["layer"])
-    assert scores.keys() == {one.site.name for one in found}
+    assert sorted(score.name for score in recommendation.scores) == sorted(one.site.name for one in found)
     for one in found:
         score, matrix = scores[one.site.name], one.layout.matrix(gradients[one.site.name].to_dense())
         *stack, out, into = one.shape
@@ -827,3 +832,31 @@ def test_the_example_in_the_docs_runs_and_finds_what_it_says() -> None:
     curve = names["curve"]
     assert curve.losses[4] < 0.01 * curve.losses[3]
     assert all(curve.errors[rank] > curve.errors[rank + 1] for rank in range(8))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(r=3), DoRA(r=3), DeltaLoRA(r=3, start_step=0), AdaLoRA(r=3, target_r=2), VeRA(r=20)],
+    ids=lambda method: type(method).__name__,
+)
+def test_every_method_computes_with_the_cut_product_and_what_else_it_has(method: Method) -> None:
+    model = Net().double()
+    inject(model, method, ["first"])
+    trained(model)
+    adapter = sites(model)[0].adapter("default")
+    whole = adapter.delta().detach()
+    weight = model.first.weight.detach()
+    gain = adapter.gain(weight)
+    seen = []
+
+    def loss(x: Tensor) -> float:
+        product = F.linear(x, adapter.adapted(weight), model.first.bias)
+        torch.testing.assert_close(model.first(x), product)
+        seen.append(adapter.delta())
+        return 0.0
+
+    curve = rank_curve(model, [draw(5, 4)], loss)
+    assert list(curve.losses) == list(range(1 + min(4, adapter.factors()[1].shape[0])))
+    for rank, delta in zip(curve.losses, seen, strict=True):
+        torch.testing.assert_close(delta, cut_by_hand(whole, rank))
+    assert (gain is None) == (not isinstance(method, DoRA))
