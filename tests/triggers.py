@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as L
 import safetensors.torch
@@ -28,6 +29,7 @@ from lightning_lora.callbacks.audit import Audit
 from lightning_lora.derived_groups import split
 from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.offline import merge
+from lightning_lora.report import plot_ranks
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FIRST = "base_model.model.first."  # PEFT's name of the first layer of Net
@@ -347,3 +349,8 @@ def clip_weights() -> None:
 def strategy(name: str, launcher: str = "") -> object:
     """A strategy as `check_strategy` sees it: by the names of its class and of its launcher's."""
     return type(name, (), {"launcher": type(launcher, (), {})()})()
+
+
+def without_matplotlib() -> None:
+    with patch("lightning_lora.report.find_spec", return_value=None):
+        plot_ranks({"first.weight": 2}, "ranks.png")
