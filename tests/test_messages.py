@@ -54,6 +54,7 @@ from triggers import (
     over_trainable,
     packed,
     packed_convolution,
+    plot_ranks_without_matplotlib,
     removed,
     repeated,
     resume,
@@ -76,6 +77,7 @@ from triggers import (
 )
 
 from lightning_lora import (
+    AdaLoRA,
     AdapterEMA,
     AdapterError,
     DeltaLoRA,
@@ -196,6 +198,30 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("initialisations", ValueError): {
         "first.weight: r=5: init='pissa' takes 5 directions of a matrix, and this one is 8 x 4: give it a smaller rank "
         "by rank_pattern, or leave it out with exclude_modules": lambda: inject(net(), LoRA(r=5, init="pissa")),
+    },
+    ("methods/adalora", ValueError): {
+        "mask_every=0: must be a whole number of at least 1, for example mask_every=8": lambda: AdaLoRA(mask_every=0),
+        "beta1=1: must be at least 0 and below 1, for example beta1=0.1": lambda: AdaLoRA(beta1=1),
+        "alpha=0: must be a finite number above 0, for example alpha=16": lambda: AdaLoRA(alpha=0),
+        "orthogonality=-1: must be finite and not below 0, for example 0.1": lambda: AdaLoRA(orthogonality=-1),
+        "scaling='cubic': must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))": (
+            lambda: AdaLoRA(scaling="cubic")  # type: ignore[arg-type]
+        ),
+        "sensitivity='step': must be 'post_step' (released code) or 'pre_step' (the paper)": (
+            lambda: AdaLoRA(sensitivity="step")  # type: ignore[arg-type]
+        ),
+        "total_steps=None: AdaLoRA lowers ranks along the run, and this run has no end: give Trainer(max_steps=...), "
+        "or AdaLoRA(total_steps=...)": lambda: AdaLoRA().schedules([], "default"),
+    },
+    ("rank_allocation", ValueError): {
+        "initial_steps=4 and final_steps=6 leave no step of total_steps=10 in which ranks fall: shorten them, leave "
+        "them out (a quarter of the run each), train longer, or give total_steps where this run is a part of a longer "
+        "one": lambda: AdaLoRA(initial_steps=4, final_steps=6).schedules([], "default", 10),
+        "target_r=8 for 2 matrices is 16 ranks at the end, but r and rank_pattern give 4 at the start: lower target_r "
+        "or raise r": lambda: AdaLoRA(r=2).schedules(inject(net(), AdaLoRA(r=2)), "default", 10),
+    },
+    ("report", ImportError): {
+        "plot_ranks draws with matplotlib: pip install 'lightning-lora[plots]'": plot_ranks_without_matplotlib,
     },
     ("layout", ValueError): {
         "layout: groups=0 is no field of a layout, or out of its range": lambda: Layout.from_description({"groups": 0}),
@@ -566,6 +592,19 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "best.adapter: first: alpha_pattern key 'fi.*' is a regular expression, and none from a file is run: "
         "write module names there": lambda: load_adapter(net(), by_peft(alpha_pattern={"fi.*": 7})),
+        "best.adapter: rank_pattern keeps 1 triplets of first.lora_E, and base_model.model.first.lora_A has no tensor: "
+        "copy or save the folder again": lambda: load_adapter(
+            net(), by_peft(peft_type="ADALORA", rank_pattern={"first.lora_E": [True, False]})
+        ),
+        "best.adapter: rank_pattern keeps 1 triplets of first.lora_E, and base_model.model.first.lora_A has [2, 4]: "
+        "copy or save the folder again": lambda: load_adapter(
+            net(),
+            by_peft(
+                {"base_model.model.first.lora_A": torch.ones(2, 4)},
+                peft_type="ADALORA",
+                rank_pattern={"first.lora_E": [True, False]},
+            ),
+        ),
         "best.adapter: no tensor is called base_model.model.<module>.lora_A.weight: nothing here is an adapter": (
             lambda: load_adapter(net(), by_peft({"base_model.model.first.weight": torch.ones(1)}))
         ),

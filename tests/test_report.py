@@ -1,10 +1,11 @@
 """What was adapted is shown whole, one row per group of like sites."""
 
 import pytest
+import torch
 from torch import nn
 
-from lightning_lora import LoRA, inject
-from lightning_lora.report import rows, table, totals
+from lightning_lora import AdaLoRA, LoRA, inject
+from lightning_lora.report import plot_ranks, rank_table, ranks, rows, table, totals
 
 
 @pytest.fixture
@@ -45,3 +46,34 @@ def test_totals_count_what_is_trained(adapted):
     model, _ = adapted
     trainable, total = 60 + 8, 60 + 8 + 3 * 30 + 14
     assert totals(model) == f"{trainable:,} trainable of {total:,} parameters ({100 * trainable / total:.2f} %)"
+
+
+RANKS = {"blocks.0.q.weight": 3, "blocks.0.v.weight": 0, "blocks.10.q.weight": 2, "head.weight": 1}
+
+
+def test_ranks_are_shown_by_depth_and_kind_of_matrix():
+    assert [line.split() for line in rank_table(RANKS).splitlines()] == [
+        ["rank", "at", "depth", "0", "10", "-", "total"],
+        ["-" * len("rank at depth  0  10  -  total")],
+        ["blocks.*.q", "3", "2", "5"],
+        ["blocks.*.v", "0", "0"],
+        ["head", "1", "1"],
+        ["total", "3", "2", "1", "6"],
+    ]
+    assert len({len(line) for line in rank_table(RANKS).splitlines()}) == 1
+
+
+def test_ranks_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_ranks(RANKS, tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_in_use_leave_masked_ones_out():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Conv1d(4, 4, 1, groups=2))
+    found = inject(model, AdaLoRA(r=3), ["0", "1"])
+    assert ranks(found) == {"0.weight": 0, "1.weight": 0}
+    with torch.no_grad():
+        found[0].adapter("default").lora_E[1] = 1
+        found[1].adapter("default").lora_E[:, 2] = 1
+    assert ranks(found) == {"0.weight": 1, "1.weight": 2}
