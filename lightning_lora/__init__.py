@@ -13,6 +13,7 @@ from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.methods.vera import VeRA
+from lightning_lora.methods.relora import ReLoRA
 from lightning_lora.optim import param_groups
 from lightning_lora.rank_curve import RankCurve, rank_curve
 from lightning_lora.recommendation import Recommendation, Score, recommend_targets
@@ -30,6 +31,7 @@ __all__ = [
     "LoRA",
     "LoRACallback",
     "Method",
+    "ReLoRA",
     "RankCurve",
     "Recommendation",
     "Score",

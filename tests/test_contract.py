@@ -226,7 +226,7 @@ KINDS: dict[str, Kind] = {
         lambda: nn.EmbeddingBag(7, 5), lambda: {"input": indices(2, 4)}, ["layer.weight"]
     ),
 }
-ALPHAS = {"DeltaLoRA": 1.0, "VeRA": 1.0}  # where alpha=3 makes changes much larger than LoRA's, or there is none
+ALPHAS = {"DeltaLoRA": 1.0, "ReLoRA": 1.0, "VeRA": 1.0}  # where alpha=3 makes changes larger than LoRA's, or is none
 METHODS: dict[str, Method] = {
     name: cls().at(2, ALPHAS.get(name, 3.0))
     for name, cls in known_methods().items()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from by_hand import Build, adamw, batches, net, run, same, train, train_two_processes, trainable, trained, weights
 from conftest import Lit, Net, loader
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam
 
 from lightning_lora import (
     DeltaLoRA,
@@ -34,66 +31,13 @@ from lightning_lora import (
 from lightning_lora.analysis import singular_values
 from lightning_lora.methods.delta_lora import DeltaLoRAAdapter
 
-Build = Callable[[list[nn.Parameter]], Optimizer]
 METHOD = DeltaLoRA(r=2, alpha=3, start_step=2)
-
-
-def net(dtype: torch.dtype = torch.float64) -> Net:
-    torch.manual_seed(7)
-    return Net().to(dtype)
-
-
-def batches(steps: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(11)
-    return [
-        (
-            torch.randn(6, 4, generator=generator, dtype=dtype),
-            torch.randn(6, 3, generator=generator, dtype=dtype),
-        )
-        for _ in range(steps)
-    ]
-
-
-def adamw(parameters: list[nn.Parameter]) -> Optimizer:
-    return AdamW(parameters, lr=0.02, weight_decay=0.1)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def train(model: nn.Module, method: LoRA, steps: int, build: Build = adamw, dtype: torch.dtype = torch.float64) -> None:
-    """Adapt a network and train it by hand; the start is the same for every method of one rank."""
-    inject(model, method, seed=1, dtype=dtype)
-    optimizer = build(trainable(model))
-    schedules = method.schedules(sites(model), "default")
-    for x, y in batches(steps, dtype):
-        optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
-        for schedule in schedules:
-            schedule.before_step(optimizer)
-        optimizer.step()
-        for schedule in schedules:
-            schedule.after_step(optimizer)
 
 
 def adapter(model: nn.Module, index: int = 0) -> DeltaLoRAAdapter:
     found = sites(model)[index].adapter("default")
     assert isinstance(found, DeltaLoRAAdapter)
     return found
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    """The weights that the model computes with."""
-    return [one.adapter("default").adapted(one.module.weight).detach() for one in sites(model)]
-
-
-def trained_factors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Literal(nn.Module):
@@ -172,7 +116,7 @@ def test_the_base_changes_from_the_step_after_start_step_on() -> None:
         train(plain, LoRA(r=2, alpha=3), steps)
         assert METHOD.start_step == 2
         if steps <= 3:  # t = 0, 1, 2
-            assert same(trained_factors(model), trained_factors(plain))
+            assert same(trained(model), trained(plain))
             assert all(map(torch.equal, weights(model), weights(plain)))
             assert not adapter(model).propagates
         else:
@@ -193,7 +137,7 @@ def test_without_an_update_of_the_base_it_is_lora_bit_for_bit(method: DeltaLoRA)
     ours, plain = net(torch.float32), net(torch.float32)
     train(ours, method, 10, dtype=torch.float32)
     train(plain, LoRA(r=2, alpha=3, scaling=method.scaling), 10, dtype=torch.float32)
-    assert same(trained_factors(ours), trained_factors(plain))
+    assert same(trained(ours), trained(plain))
     x = batches(1, torch.float32)[0][0]
     assert torch.equal(ours(x), plain(x))
 
@@ -275,7 +219,7 @@ def test_a_step_that_is_not_taken_is_not_counted() -> None:
 # ---- files
 
 
-def trained(steps: int = 8) -> Net:
+def after(steps: int = 8) -> Net:
     model = net(torch.float32)
     train(model, METHOD, steps, dtype=torch.float32)
     return model
@@ -283,7 +227,7 @@ def trained(steps: int = 8) -> Net:
 
 @pytest.mark.parametrize("steps", [2, 8], ids=["before the base changes", "after"])
 def test_it_is_exported_as_a_lora_that_peft_loads(steps: int, tmp_path: Path) -> None:
-    model, x = trained(steps), batches(1, torch.float32)[0][0]
+    model, x = after(steps), batches(1, torch.float32)[0][0]
     holder, fresh, by_peft = (nn.Sequential(one) for one in (model, net(torch.float32), net(torch.float32)))
     save_adapter(holder, tmp_path / "adapter")
     offline.export(tmp_path / "adapter", tmp_path / "portable")
@@ -298,7 +242,7 @@ def test_it_is_exported_as_a_lora_that_peft_loads(steps: int, tmp_path: Path) ->
 
 
 def test_a_folder_computes_the_same_and_goes_on(tmp_path: Path) -> None:
-    model, fresh, x = trained(), net(torch.float32), batches(1, torch.float32)[0][0]
+    model, fresh, x = after(), net(torch.float32), batches(1, torch.float32)[0][0]
     save_adapter(model, tmp_path / "adapter")
     load_adapter(fresh, tmp_path / "adapter")
     assert adapter(fresh).propagates
@@ -309,19 +253,12 @@ def test_a_folder_computes_the_same_and_goes_on(tmp_path: Path) -> None:
 # ---- runs
 
 
-def run(trainer: Any, module: Lit, steps: int, method: LoRA = METHOD, ckpt_path: Any = None, **options: Any) -> Any:
-    """Train for epochs of one step each, so that a checkpoint after any step is one at an epoch's end."""
-    made = trainer(callbacks=[LoRACallback(method)], max_epochs=steps, **options)
-    made.fit(module, loader(1), ckpt_path=ckpt_path)
-    return made
-
-
 @pytest.mark.parametrize("stop", [2, 3, 4, 7], ids=lambda stop: f"stopped after {stop} steps")
 def test_a_run_resumed_around_the_start_equals_the_uninterrupted_one(stop: int, trainer: Any, tmp_path: Path) -> None:
     whole, part, rest = Lit(), Lit(), Lit()
-    run(trainer, whole, 9)
-    run(trainer, part, stop).save_checkpoint(tmp_path / "a.ckpt")
-    run(trainer, rest, 9, ckpt_path=tmp_path / "a.ckpt")
+    run(trainer, whole, 9, METHOD)
+    run(trainer, part, stop, METHOD).save_checkpoint(tmp_path / "a.ckpt")
+    run(trainer, rest, 9, METHOD, ckpt_path=tmp_path / "a.ckpt")
     assert part.losses + rest.losses == whole.losses
     assert same(rest.state_dict(), whole.state_dict())
     assert adapter(whole).propagates
@@ -332,7 +269,7 @@ def test_a_run_resumed_around_the_start_equals_the_uninterrupted_one(stop: int, 
 
 
 def test_a_checkpoint_holds_the_two_pairs_and_nothing_of_the_base(trainer: Any, tmp_path: Path) -> None:
-    run(trainer, Lit(), 5).save_checkpoint(tmp_path / "a.ckpt")
+    run(trainer, Lit(), 5, METHOD).save_checkpoint(tmp_path / "a.ckpt")
     names = {name.rpartition(".")[2] for name in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]}
     assert {name for name in names if " " not in name} == {"lora_A", "lora_B", "snapshot_A", "snapshot_B"}
 
@@ -346,45 +283,5 @@ def test_accumulated_gradients_make_the_same_run(trainer: Any) -> None:
         assert torch.allclose(parts.state_dict()[name], value, rtol=0, atol=1e-5)
 
 
-DDP = """
-import sys
-sys.path.insert(0, "{tests}")
-import lightning.pytorch as L, torch, torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
-from conftest import Lit, loader
-from lightning_lora import DeltaLoRA, LoRACallback, sites
-
-torch.manual_seed(int(__import__("os").environ.get("LOCAL_RANK", 0)))  # ranks differ, adapters must not
-module = Lit()
-L.Trainer(
-    strategy=DDPStrategy(process_group_backend="gloo"), max_epochs=2, accelerator="cpu", devices=2, logger=False,
-    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    callbacks=[LoRACallback(DeltaLoRA(r=2, start_step=2))],
-).fit(module, loader(8))
-own = torch.cat([p.detach().flatten() for p in module.parameters()])
-both = [torch.empty_like(own) for _ in range(2)]
-dist.all_gather(both, own)
-assert torch.equal(*both), "replicas differ"
-assert all(site.adapter("default").propagates for site in sites(module))
-losses = [None, None]
-dist.all_gather_object(losses, module.losses)
-assert losses[0] != losses[1], "each rank has data of its own"
-print("DONE")
-"""
-
-
 def test_replicas_stay_equal(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(DDP.format(tests=Path(__file__).parent))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "LOCAL_RANK"))}
-    here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**kept, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("DONE") == 2
+    train_two_processes(tmp_path, "DeltaLoRA(r=2, start_step=2)", "one.propagates")

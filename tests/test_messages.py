@@ -83,6 +83,7 @@ from lightning_lora import (
     LoRA,
     LoRACallback,
     VeRA,
+    ReLoRA,
     inject,
     load_adapter,
     load_from_checkpoint,
@@ -161,6 +162,13 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     },
     ("method", ValueError): {
         "the adapters of LoRA share nothing that is drawn again": lambda: LoRA().redrawn({}),
+    ("methods/relora", ValueError): {
+        "dropout=0.1: what is folded counts as part of the base, whose input is not dropped: use dropout=0": (
+            lambda: ReLoRA(dropout=0.1)
+        ),
+        "restart_every=0: must be a whole number of at least 1": lambda: ReLoRA(restart_every=0),
+        "warmup=-1: must be a whole number of at least 0": lambda: ReLoRA(warmup=-1),
+        "prune=2: must be from 0 to 1, such as prune=0.99": lambda: ReLoRA(prune=2),
     },
     ("layout", ValueError): {
         "layout: groups=0 is no field of a layout, or out of its range": lambda: Layout.from_description({"groups": 0}),
