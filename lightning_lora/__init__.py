@@ -11,9 +11,10 @@ from lightning_lora.method import Method, known_methods
 from lightning_lora.methods.adalora import AdaLoRA
 from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.methods.dora import DoRA
+from lightning_lora.methods.dylora import DyLoRA, at_rank, truncate_
 from lightning_lora.methods.lora import LoRA
-from lightning_lora.methods.vera import VeRA
 from lightning_lora.methods.relora import ReLoRA
+from lightning_lora.methods.vera import VeRA
 from lightning_lora.optim import param_groups
 from lightning_lora.rank_curve import RankCurve, rank_curve
 from lightning_lora.recommendation import Recommendation, Score, recommend_targets
@@ -28,6 +29,7 @@ __all__ = [
     "AdapterError",
     "DoRA",
     "DeltaLoRA",
+    "DyLoRA",
     "LoRA",
     "LoRACallback",
     "Method",
@@ -37,6 +39,7 @@ __all__ = [
     "Score",
     "Site",
     "VeRA",
+    "at_rank",
     "dequantize_",
     "inject",
     "known_methods",
@@ -50,6 +53,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "sites",
+    "truncate_",
     "use",
     "using",
     "__version__",

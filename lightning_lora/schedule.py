@@ -44,6 +44,9 @@ class Schedule:
         """Return the rank that each site has now, by the site's name, where training changes ranks."""
         return {}
 
+    def end(self) -> None:
+        """Leave nothing of the run in the adapters: no step comes any more."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as tensors and plain types, so that checkpoints load with weights only."""
         return {"step": self.step}

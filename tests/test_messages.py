@@ -82,8 +82,8 @@ from lightning_lora import (
     DoRA,
     LoRA,
     LoRACallback,
-    VeRA,
     ReLoRA,
+    VeRA,
     inject,
     load_adapter,
     load_from_checkpoint,
@@ -94,6 +94,7 @@ from lightning_lora import (
     remove,
     save_adapter,
     sites,
+    truncate_,
     use,
 )
 from lightning_lora.callbacks.audit import Audit
@@ -162,6 +163,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     },
     ("method", ValueError): {
         "the adapters of LoRA share nothing that is drawn again": lambda: LoRA().redrawn({}),
+    },
+    ("methods/dylora", ValueError): {
+        "rank=0: must be a whole number of at least 1, such as rank=4": lambda: truncate_(net(), 0),
+        "Sequential has no DyLoRA adapter, and of another one a prefix means nothing: train with DyLoRA, or see "
+        "rank_curve for the best approximations of a lower rank": lambda: truncate_(nn.Sequential(adapted()), 2),
+    },
     ("methods/relora", ValueError): {
         "dropout=0.1: what is folded counts as part of the base, whose input is not dropped: use dropout=0": (
             lambda: ReLoRA(dropout=0.1)

@@ -353,6 +353,8 @@ class LoRACallback(Callback):
         if self._audit is not None:
             self._audit.stop()
             self._audit = None
+        for schedule in self._schedules:
+            schedule.end()
         self._found = []
         self._scheduled = None
 
