@@ -7,7 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +39,8 @@ from lightning_lora.rank_allocation import RankAllocation, budget, importance, k
 from lightning_lora.report import ranks
 
 peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 
 class Mlp(nn.Module):
@@ -472,10 +474,18 @@ def test_a_folder_of_pefts_loads_with_its_masks_and_computes_the_same(tmp_path: 
     assert {site.adapter("default").method.r for site in found} == {3}
 
 
-def test_peft_loads_our_folder_and_computes_the_same(tmp_path: Path) -> None:
-    run = Run(method(), 20).go(batches(20))
+def with_conv1d() -> Mlp:
+    """All weights lie as (in, out), as in GPT-2."""
+    model = net()
+    model.first, model.second, model.third = Conv1D(8, 6), Conv1D(8, 8), Conv1D(5, 8)
+    return model.double()
+
+
+@pytest.mark.parametrize("base", [net, with_conv1d])
+def test_peft_loads_our_folder_and_computes_the_same(base: Callable[[], Mlp], tmp_path: Path) -> None:
+    run = Run(method(), 20, base()).go(batches(20))
     save_adapter(run.model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(net(), tmp_path, autocast_adapter_dtype=False).eval()
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path, autocast_adapter_dtype=False).eval()
     [(x, _)] = batches(1)
     assert torch.allclose(theirs(x), run.model(x), rtol=0, atol=1e-13)
     assert theirs.peft_config["default"].target_r == 2

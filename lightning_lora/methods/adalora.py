@@ -52,7 +52,7 @@ class AdaLoRA(Method):
     of them trained.
 
     Args:
-        r: Rank at the start; the paper takes one and a half times ``target_r``.
+        r: Rank at the start; the released scripts take one and a half times ``target_r``, or more.
         target_r: Rank at the end, on average over the matrices.
         alpha: Scale of the change.
         dropout: Probability with which an element of the adapter's input is zeroed during training.
