@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import AdaLoRA, DeltaLoRA, DoRA, LoRA, Method, VeRA, inject
+from lightning_lora import AdaLoRA, DeltaLoRA, DoRA, LoRA, LoRADrop, LoRAFA, Method, VeRA, inject, sites
+from lightning_lora.sharing import share as share_adapters
 
 PAGE = Path(__file__).parent.parent / "docs" / "parameter_counts.md"
 START, END = "<!-- written by tests/test_parameter_counts.py -->\n", "<!-- end -->\n"
@@ -88,6 +89,7 @@ class Row:
         why_not: Why the figures that do not follow do not.
         dtype: Type of the adapters.
         ranks: Other ranks by layer.
+        kept: How many of each kind of layer keep adapters of their own after LoRA-drop's selection.
         held: How many parameters the adapters must hold with those that are frozen; None if none are.
     """
 
@@ -99,6 +101,7 @@ class Row:
     why_not: str = ""
     dtype: torch.dtype = torch.float32
     ranks: Mapping[str, int] = field(default_factory=dict)
+    kept: int | None = None
     held: int | None = None
 
 
@@ -208,6 +211,11 @@ TABLES: dict[str, list[Row]] = {
             "that is after training: the 576 ranks that are left cost between 885,312 and 2,212,416, by where they are",
         ),
     ],
+    "LoRA-FA": [
+        Row("RoBERTa-base", "q v", LoRAFA(r=8), 147_456, held=294_912),
+        Row("GPT-3", "q v", LoRAFA(r=4), 9_437_184, held=18_874_368),
+    ],
+    "LoRA-drop": [Row("RoBERTa-base", "q v", LoRADrop(r=8), 147_456, kept=5)],
     "Delta-LoRA": [Row("RoBERTa-base", "q v", DeltaLoRA(r=8), 294_912, held=589_824)],
 }
 ROWS = [row for rows in TABLES.values() for row in rows]
@@ -229,6 +237,10 @@ def count(row: Row) -> Count:
     model = NETWORKS[row.network].build(targets)
     base = {id(parameter) for parameter in model.parameters()}
     inject(model, row.method, targets, rank_pattern=row.ranks, seed=0, dtype=row.dtype)
+    if row.kept is not None:
+        names = [site.name for site in sites(model)]
+        kept = [name for target in targets for name in [one for one in names if f".{target}." in one][: row.kept]]
+        share_adapters(model, kept)
     held = [parameter for parameter in model.parameters() if id(parameter) not in base]
     trained = [parameter for parameter in held if parameter.requires_grad]
     return Count(numbers(trained), size(trained), numbers(held), size(held))
@@ -271,6 +283,8 @@ def memory(size: int) -> str:
 def adapted(row: Row) -> str:
     others = [name for name in row.ranks if row.ranks[name] == 0]
     own = [name for name in row.targets.split() if name not in others]
+    if row.kept is not None:
+        return f"{row.kept} each of {', '.join(own)}; the rest share one each"
     return ", ".join(own) + (f"; magnitudes of {', '.join(others)} too" if others else "")
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import matplotlib
 import torch
@@ -37,23 +38,29 @@ def main(names: list[str]) -> None:
         sys.exit(f"no claim is called {unknown[0]}: choose of {', '.join(SCRIPTS)}")
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
-    record = json.loads(MEASURED.read_text()) if MEASURED.exists() else {"scripts": {}}
-    record["environment"] = (
+    pretrained()  # kept from then on, and not counted
+    for name in names or SCRIPTS:
+        script = import_module(name)
+        start = time.process_time()
+        measured = script.measure()
+        keep(name, {"seconds": round(time.process_time() - start), "measured": measured})
+        draw(script, measured)
+        print(f"{script.CLAIM.title}: {verdict(script, measured)}", flush=True)
+    record = json.loads(MEASURED.read_text())
+    if len(record["scripts"]) == len(SCRIPTS):
+        PAGE.write_text(page([import_module(name) for name in SCRIPTS], record))
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Add what was measured to the file, which another process may have written to in the meantime."""
+    scripts = json.loads(MEASURED.read_text())["scripts"] if MEASURED.exists() else {}
+    scripts[name] = found
+    environment = (
         f"Python {platform.python_version()}, torch {torch.__version__}, one thread of {os.cpu_count()} cores "
         f"({platform.machine()})"
     )
-    pretrained()  # kept from then on, and not counted
-    scripts = {name: import_module(name) for name in SCRIPTS}
-    for name in names or SCRIPTS:
-        start = time.process_time()
-        measured = scripts[name].measure()
-        record["scripts"][name] = {"seconds": round(time.process_time() - start), "measured": measured}
-        print(f"{scripts[name].CLAIM.title}: {verdict(scripts[name], measured)}", flush=True)
-        record["scripts"] = {known: record["scripts"][known] for known in SCRIPTS if known in record["scripts"]}
-        MEASURED.write_text(json.dumps(record, indent=1) + "\n")
-        draw(scripts[name], measured)
-    if len(record["scripts"]) == len(SCRIPTS):
-        PAGE.write_text(page(list(scripts.values()), record))
+    scripts = {known: scripts[known] for known in SCRIPTS if known in scripts}
+    MEASURED.write_text(json.dumps({"environment": environment, "scripts": scripts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
