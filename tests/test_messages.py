@@ -166,6 +166,7 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "projection_seed=-1: must be a whole number of at least 0, such as 0": lambda: VeRA(projection_seed=-1),
         "save_projection=1: must be True or False": lambda: VeRA(save_projection=1),  # type: ignore[arg-type]
         "dropout=1.5: must be at least 0 and below 1, for example dropout=0.05": lambda: VeRA(dropout=1.5),
+        "magnitude=2: must be True (DVoRA) or False (VeRA)": lambda: VeRA(magnitude=2),  # type: ignore[arg-type]
         "alpha=8.0: VeRA has no alpha / r scale: leave alpha_pattern out": (
             lambda: inject(net(), VeRA(), alpha_pattern={"first": 8.0})
         ),
