@@ -278,3 +278,12 @@ def test_what_peft_calls_lora_is_not_hira() -> None:
     assert HiRA.from_peft({"peft_type": "HIRA"}) == HiRA(r=32, alpha=32)
     assert issubclass(HiRA, LoRA)
     assert not any(one.low_rank for one in adapters(adapted()) if isinstance(one, Adapter))
+
+
+def test_starts_and_gradients_that_are_made_for_a_sum_are_refused() -> None:
+    for init in ("pissa", "milora", "olora"):
+        with pytest.raises(ValueError, match=f"init='{init}' splits the weight into a low-rank part and the rest"):
+            HiRA(init=init)
+    for gradient in ("riemannian", "lora_pro"):
+        with pytest.raises(ValueError, match=f"gradient='{gradient}' is derived for a change that is scale"):
+            HiRA(gradient=gradient)

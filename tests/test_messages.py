@@ -82,6 +82,7 @@ from lightning_lora import (
     AdapterError,
     DeltaLoRA,
     DoRA,
+    HiRA,
     LoRA,
     LoRACallback,
     LoRAFA,
@@ -157,6 +158,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "start_step=-2: must be a whole number of at least -1, which changes the base from the first step on; "
         "start_step=500 leaves 501 steps plain": lambda: DeltaLoRA(start_step=-2),
+    },
+    ("methods/hira", ValueError): {
+        "init='pissa' splits the weight into a low-rank part and the rest, and HiRA's product is no part of it but "
+        "multiplies it: use init='kaiming'": lambda: HiRA(init="pissa"),
+        "gradient='lora_pro' is derived for a change that is scale * B @ A, and HiRA's is W times that: use "
+        "gradient='plain'": lambda: HiRA(gradient="lora_pro"),
     },
     ("methods/vera", ValueError): {
         "r=0: the rank must be a whole number of at least 1, for example r=256": lambda: VeRA(r=0),
