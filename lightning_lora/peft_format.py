@@ -39,7 +39,7 @@ _OPTIONS = {  # what a config of PEFT's says beside the method's own values and 
     "LORA": ("bias", "rank_pattern", "alpha_pattern"),
     "ADALORA": ("bias", "rank_pattern", "alpha_pattern"),
     "VERA": ("bias",),
-    "HIRA": ("rank_pattern",),
+    "HIRA": (),
 }
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -283,6 +283,8 @@ def _why_not_parts(found: Mapping[str, Site]) -> str | None:
 def _why_not_ranks(methods: Mapping[str, Method]) -> str | None:
     ranks = {(method.r, method.alpha): name for name, method in methods.items()}
     types = {(method.peft_config() or {}).get("peft_type") for method in methods.values()}
+    if len(ranks) > 1 and "HIRA" in types:  # up to 0.21.2
+        return f"PEFT's HiRA leaves rank_pattern out: {' and '.join(ranks.values())}"
     return f"{ONE_RANK}: {' and '.join(ranks.values())}" if len(ranks) > 1 and "ADALORA" in types else None
 
 

@@ -90,6 +90,13 @@ class Kind(NamedTuple):
 
 
 ITSELF = ["layer"]
+HADAMARD_IN_PEFT = (  # beside linear layers
+    "embedding",
+    "embedding with padding, scaled by frequency",
+    "convolution 1d, dilated, causal context",
+    "convolution 2d with stride",
+    "convolution 3d",
+)
 RECURRENT = "PyTorch does not trace recurrent layers"
 ATTENTION = "PEFT adds the change of an nn.MultiheadAttention's out_proj twice (up to 0.21.2)"
 SEPARATE = "PEFT has no adapter for MultiheadAttention.q_proj_weight"
@@ -226,7 +233,12 @@ KINDS: dict[str, Kind] = {
         lambda: nn.EmbeddingBag(7, 5), lambda: {"input": indices(2, 4)}, ["layer.weight"]
     ),
 }
-ALPHAS = {"DeltaLoRA": 1.0, "ReLoRA": 1.0, "VeRA": 1.0}  # 3 makes changes much larger than LoRA's, or there is no alpha
+ALPHAS = {  # 3 makes changes much larger than LoRA's, there is no alpha, or PEFT has that of r alone
+    "DeltaLoRA": 1.0,
+    "HiRA": 2.0,
+    "ReLoRA": 1.0,
+    "VeRA": 1.0,
+}
 METHODS: dict[str, Method] = {
     name: cls().at(2, ALPHAS.get(name, 3.0))
     for name, cls in known_methods().items()
@@ -458,7 +470,9 @@ def test_the_folder_is_pefts_where_peft_can_express_it_and_says_why_where_not(
         expected = expected or "PEFT's target_parameters takes no DoRA"
     on_linear_layers = all(issubclass(kind_in_use(site.module), AdaptedLinear) for site in sites(model))
     if in_peft and in_peft["peft_type"] != "LORA" and not on_linear_layers:
-        expected = f"PEFT has {type(method).__name__} on linear layers only"
+        expected = f"PEFT has {type(method).__name__} on linear layers"
+    if in_peft and in_peft["peft_type"] == "HIRA" and kind in HADAMARD_IN_PEFT:
+        expected = ""
     assert why.startswith(expected) if expected else not why
     assert config["peft_type"] == ("LIGHTNING_LORA" if why else in_peft["peft_type"])
 

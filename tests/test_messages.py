@@ -82,6 +82,7 @@ from lightning_lora import (
     AdapterError,
     DeltaLoRA,
     DoRA,
+    HiRA,
     LoRA,
     LoRACallback,
     LoRAFA,
@@ -158,6 +159,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "start_step=-2: must be a whole number of at least -1, which changes the base from the first step on; "
         "start_step=500 leaves 501 steps plain": lambda: DeltaLoRA(start_step=-2),
     },
+    ("methods/hira", ValueError): {
+        "init='pissa' splits the weight into a low-rank part and the rest, and HiRA's product is no part of it but "
+        "multiplies it: use init='kaiming'": lambda: HiRA(init="pissa"),
+        "gradient='lora_pro' is derived for a change that is scale * B @ A, and HiRA's is W times that: use "
+        "gradient='plain'": lambda: HiRA(gradient="lora_pro"),
+    },
     ("methods/vera", ValueError): {
         "r=0: the rank must be a whole number of at least 1, for example r=256": lambda: VeRA(r=0),
         "d_init=0: must be a finite number other than 0, at which b would get no gradient, for example d_init=0.1": (
@@ -166,6 +173,7 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "projection_seed=-1: must be a whole number of at least 0, such as 0": lambda: VeRA(projection_seed=-1),
         "save_projection=1: must be True or False": lambda: VeRA(save_projection=1),  # type: ignore[arg-type]
         "dropout=1.5: must be at least 0 and below 1, for example dropout=0.05": lambda: VeRA(dropout=1.5),
+        "magnitude=2: must be True (DVoRA) or False (VeRA)": lambda: VeRA(magnitude=2),  # type: ignore[arg-type]
         "alpha=8.0: VeRA has no alpha / r scale: leave alpha_pattern out": (
             lambda: inject(net(), VeRA(), alpha_pattern={"first": 8.0})
         ),

@@ -593,6 +593,86 @@ def test_a_resume_is_refused_where_other_projections_are_drawn(
         load_from_checkpoint(Wide, tmp_path / "one.ckpt")
 
 
+# --- DVoRA
+
+
+def kinds() -> dict[str, tuple[Callable[[], nn.Module], Tensor]]:
+    return {
+        "linear": (lambda: nn.Linear(6, 5), draw(3, 6)),
+        "Conv1D": (lambda: Conv1D(5, 6), draw(3, 6)),
+        "embedding": (lambda: nn.Embedding(7, 5), torch.tensor([[1, 2, 6], [0, 0, 3]])),
+        "convolution": (lambda: nn.Conv2d(3, 4, 3, padding=1), draw(2, 3, 5, 5)),
+        "GRU cell": (lambda: nn.GRUCell(6, 5), draw(2, 6)),
+    }
+
+
+def with_magnitudes(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(7)
+    model = nn.Sequential(kinds()[kind][0]()).to(dtype)
+    inject(model, VeRA(r=3, magnitude=True), ["0"], seed=1)
+    return model
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_dvora_starts_as_the_base_trains_three_vectors_and_is_the_formula(kind: str) -> None:
+    build, x = kinds()[kind]
+    model = with_magnitudes(kind)
+    torch.manual_seed(7)
+    plain = nn.Sequential(build()).double()
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-13)
+    with torch.no_grad():
+        for one in adapters(model):
+            for parameter in (one.vera_lambda_d, one.vera_lambda_b, one.magnitude):
+                parameter.add_(0.2 * torch.rand(parameter.shape, dtype=torch.float64))
+    for site in sites(model):
+        one, layout = site.adapter("default"), site.slot.layout
+        weight = getattr(plain[0], site.parameter)
+        V = layout.matrix(weight) + one.delta()
+        norm = V.norm(dim=0, keepdim=True) if layout.looked_up else V.norm(dim=1, keepdim=True)
+        m = one.magnitude[None] if layout.looked_up else one.magnitude[:, None]
+        weight.data = layout.put(weight, m * V / norm)
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-12)
+    model(x).square().sum().backward()
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None} == {
+        "vera_lambda_d", "vera_lambda_b", "magnitude",
+    }  # fmt: skip
+    assert len(pairs(model)) == 1
+    groups = {group["name"] for group in param_groups(model, lr=0.1)}
+    assert groups == {"core", "scale", "magnitude"}
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_a_saved_dvora_gives_a_fresh_base_the_same_outputs_and_is_not_for_peft(
+    kind: str, save_projection: bool, tmp_path: Path
+) -> None:
+    build, x = kinds()[kind]
+    torch.manual_seed(7)
+    model, fresh = nn.Sequential(build()).double(), nn.Sequential(build()).double()
+    fresh.load_state_dict(model.state_dict())
+    inject(model, VeRA(r=3, magnitude=True, save_projection=save_projection), ["0"])
+    change(model)
+    save_adapter(model, tmp_path)
+    load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
+    why = read_tensors(tmp_path / "adapter_model.safetensors")[1]["not_for_peft"]
+    assert why.startswith(("PEFT's VeRA has no magnitudes", "PEFT has VeRA on linear layers"))
+    outputs = model(x)
+    torch.testing.assert_close(merge_(model)(x), outputs, rtol=0, atol=1e-12)
+
+
+def test_dvora_made_on_the_meta_device_starts_as_one_made_on_the_cpu() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 5))
+    inject(model, VeRA(r=3, magnitude=True))
+    model.to_empty(device="cpu")
+    expected = with_magnitudes("linear", torch.float32)
+    model[0].load_state_dict({name: getattr(expected[0], name) for name in ("weight", "bias")}, strict=False)
+    x = draw(3, 6).float()
+    assert torch.equal(model(x), expected(x))
+    assert torch.equal(adapters(model)[0].magnitude, adapters(expected)[0].magnitude)
+
+
 # --- what it refuses
 
 
@@ -604,6 +684,11 @@ def test_a_resume_is_refused_where_other_projections_are_drawn(
         ({"projection_seed": -1}, "projection_seed=-1: must be a whole number of at least 0"),
         ({"save_projection": "yes"}, "save_projection='yes': must be True or False"),
         ({"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
+        ({"magnitude": "yes"}, r"magnitude='yes': must be True \(DVoRA\) or False \(VeRA\)"),
+        ({"alpha": 16}, r"VeRA\(alpha=16\): VeRA has no alpha / r scale"),
+        ({"scaling": "rsqrt"}, "VeRA has no alpha / r scale"),
+        ({"init": "pissa"}, r"VeRA\(init='pissa'\): VeRA's projections are shared and random by definition"),
+        ({"freeze_A": True}, r"VeRA\(freeze_A=True\): VeRA already freezes A and B"),
     ],
 )
 def test_values_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:

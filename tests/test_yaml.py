@@ -64,7 +64,7 @@ def test_each_callback_fragment_trains(callback, tmp_path):
     )
     cli.trainer.fit(cli.model)
     assert len(sites(cli.model)) == 2
-    assert all(site.adapter("default").lora_B.abs().sum() > 0 for site in sites(cli.model))
+    assert all(site.adapter("default").delta().abs().sum() > 0 for site in sites(cli.model))
 
 
 @pytest.mark.parametrize("callback", METHODS, ids=lambda path: path.stem)

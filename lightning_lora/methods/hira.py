@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.initialisations import KEEPS_START
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 
@@ -32,6 +33,9 @@ class HiRA(LoRA):
         alpha: Scale of the factor's distance from 1. Equal to r it is PEFT's HiRA, which has no scale.
         dropout: Probability with which an element of the input of the change is zeroed during training.
         scaling: As for ``LoRA``.
+        init: As for ``LoRA``, but for those that take a part of the weight.
+        gradient: Must be ``plain``.
+        freeze_A: As for ``LoRA``.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -39,6 +43,19 @@ class HiRA(LoRA):
 
     r: int = 32
     alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init in KEEPS_START:
+            raise ValueError(
+                f"init={self.init!r} splits the weight into a low-rank part and the rest, and HiRA's product is no "
+                "part of it but multiplies it: use init='kaiming'"
+            )
+        if self.gradient != "plain":
+            raise ValueError(
+                f"gradient={self.gradient!r} is derived for a change that is scale * B @ A, and HiRA's is W times "
+                "that: use gradient='plain'"
+            )
 
     @override
     def build(

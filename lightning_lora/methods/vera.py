@@ -13,6 +13,7 @@ r"""VeRA (Kopiczko et al., 2023, arXiv:2310.11454).
        y (..., out)
 
 A layer takes the first ``in`` columns of A and the first ``out`` rows of B, which are as large as the largest needs.
+With a trained magnitude for each output unit it is DVoRA, of the paper on DoRA (Liu et al., 2024, arXiv:2402.09353).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from lightning_lora.adapter import Adapter, Role, Shared
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
+from lightning_lora.methods.dora import WithMagnitude
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class VeRA(Method):
         save_projection: Whether files hold A and B; if not they hold the seed and a checksum, and A and B are drawn
             again, which another version of PyTorch might do in another way: then the file is refused.
         dropout: Probability with which an element of the adapter's input is zeroed during training.
+        magnitude: Whether a magnitude is trained for each output unit as well, as in ``DoRA``.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -60,6 +63,7 @@ class VeRA(Method):
     projection_seed: int = 0
     save_projection: bool = True
     dropout: float = 0.0
+    magnitude: bool = False
     alpha: float = field(default=1.0, init=False, repr=False)  # a method has one; here nothing is scaled by it
 
     def __post_init__(self) -> None:
@@ -77,6 +81,8 @@ class VeRA(Method):
             raise ValueError(f"save_projection={self.save_projection!r}: must be True or False")
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
+        if not isinstance(self.magnitude, bool):
+            raise ValueError(f"magnitude={self.magnitude!r}: must be True (DVoRA) or False (VeRA)")
 
     def build(
         self,
@@ -88,7 +94,8 @@ class VeRA(Method):
         layout: Layout | None = None,
     ) -> Adapter:
         """Create the adapter of one (out, in) matrix, or of a stack of them, which ``attach`` then gives A and B."""
-        return VeRAAdapter(self, shape, device=device, dtype=dtype)
+        adapter = DVoRAAdapter if self.magnitude else VeRAAdapter
+        return adapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
 
     def attach(self, adapters: Mapping[str, Adapter]) -> None:
         """Give all adapters the one pair of A and B, drawn in the largest size that any of them needs.
@@ -197,10 +204,20 @@ class VeRAAdapter(Adapter):
     method: VeRA
     shared: Projections
 
-    def __init__(self, method: VeRA, shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        method: VeRA,
+        shape: tuple[int, ...],
+        *,
+        seed: int,  # nothing is drawn by it: A and B have a seed of their own
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: Layout,
+    ) -> None:
         super().__init__()
         *stack, self.out_features, self.in_features = shape
         self.method = method
+        self.layout = layout
         self.dropout = method.dropout
         self.vera_lambda_d = nn.Parameter(torch.empty(*stack, method.r, device=device, dtype=dtype))
         self.vera_lambda_b = nn.Parameter(torch.empty(*stack, self.out_features, device=device, dtype=dtype))
@@ -225,6 +242,16 @@ class VeRAAdapter(Adapter):
     def extra_repr(self) -> str:
         """Show the rank where the model is printed."""
         return f"r={self.method.r}, dropout={self.dropout:g}"
+
+
+class DVoRAAdapter(WithMagnitude, VeRAAdapter):
+    """VeRA's vectors with a magnitude for each output unit."""
+
+    roles: ClassVar[dict[str, Role]] = {**VeRAAdapter.roles, "magnitude": "magnitude"}
+
+    def why_not_peft(self) -> str:
+        """Return that PEFT has no such adapter."""
+        return "PEFT's VeRA has no magnitudes"
 
 
 class Projections(Shared):
