@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class ReLoRA(LoRA):
         ValueError: If a value is out of its range.
     """
 
+    averageable: ClassVar[Literal["all", "trained", "nothing"]] = "nothing"  # a new pair has nothing of the one before
     restart_every: int = 1000
     restarts: int = 3
     warmup: int = 50
