@@ -48,7 +48,7 @@ class ReLoRA(LoRA):
         restarts: How many there are at most; the factors have room for as many.
         warmup: Number of steps over which the adapters' updates grow back to full size after a restart; 0 for none.
         prune: Share of the optimizer's state of the pair that a restart sets to zero, where the first moment is
-            smallest in magnitude; 1 resets all of it.
+            smallest in magnitude; 1 resets all of it. What is packed or factored (8-bit optimizers, Adafactor) stays.
 
     Raises:
         ValueError: If a value is out of its range.
