@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Method(ABC):
     needs_total_steps: ClassVar[bool] = False
     refused: ClassVar[Mapping[str, str]] = {}  # options of other methods that cannot go with this one, and why
     restructures: ClassVar[bool] = False  # whether training changes ranks, or which matrices have adapters of their own
+    averageable: ClassVar[Literal["all", "trained", "nothing"]] = "all"  # over which tensors steps can be averaged
 
     freezes_shared: ClassVar[bool] = False  # whether an adapter that several matrices share is not trained
 

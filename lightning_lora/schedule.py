@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 class Schedule:
     """What a method does around each optimizer step of one run; children override what they need.
 
-    By hand: ``loss.backward(); schedule.before_step(optimizer); optimizer.step(); schedule.after_step(optimizer)``.
+    By hand: ``loss.backward(); schedule.before_step(optimizer); optimizer.step(); schedule.after_step(optimizer)``, and
+    ``schedule.end()`` behind the last step.
     With gradient accumulation these surround real steps only; a step that a GradScaler skips is none.
 
     Attributes:

@@ -817,6 +817,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("callbacks/averaging", ValueError): {
+        "EMAWeightAveraging would average what DeltaLoRA replaces along the run with what it was before, which means "
+        "nothing: use AdapterEMA, which averages only what is trained": (
+            lambda: trainer(LoRACallback(DeltaLoRA()), EMAWeightAveraging()).fit(Lit(), loader(1))
+        ),
+        "AdapterEMA would average what ReLoRA replaces along the run with what it was before, which means nothing: "
+        "leave it out": lambda: trainer(LoRACallback(ReLoRA()), AdapterEMA()).fit(Lit(), loader(1)),
         "EMAWeightAveraging copies the module before the adapters are in it: put LoRACallback before it in "
         "Trainer(callbacks=[...]); or use AdapterEMA, which averages only what is trained and may stand anywhere "
         "in the list": lambda: trainer(EMAWeightAveraging(), LoRACallback()).fit(Lit(), loader(1)),

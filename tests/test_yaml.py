@@ -67,8 +67,8 @@ def test_each_callback_fragment_trains(callback, tmp_path):
     assert all(site.adapter("default").delta().abs().sum() > 0 for site in sites(cli.model))
 
 
-@pytest.mark.parametrize("callback", METHODS, ids=lambda path: path.stem)
-def test_the_average_goes_with_each_of_them(callback, tmp_path):
+@pytest.mark.parametrize("callback", [one for one in METHODS if one.stem != "relora"], ids=lambda path: path.stem)
+def test_the_average_goes_with_each_of_them_that_can_be_averaged(callback, tmp_path):
     cli = command_line(
         f"--config={ROOT / 'configs/cpu.yaml'}",
         f"--trainer.callbacks+={callback}",

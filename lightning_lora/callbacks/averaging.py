@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_lora.callbacks.guards import frozen_norms
 from lightning_lora.derived_groups import PARENT
+from lightning_lora.method import Method
 
 _NAMES = {"WeightAveraging", "StochasticWeightAveraging"}  # names, as pytorch_lightning has classes of its own
 
@@ -35,6 +36,25 @@ def check_order(trainer: Trainer, ours: Callback) -> None:
                 "before it in Trainer(callbacks=[...]); or use AdapterEMA, which averages only what is trained and may "
                 "stand anywhere in the list"
             )
+
+
+def check_averageable(trainer: Trainer, method: Method) -> None:
+    """Raise ``ValueError`` if a callback would average tensors that a method replaces along the run.
+
+    Args:
+        trainer: The Trainer.
+        method: What the run trains.
+    """
+    found = [] if method.averageable == "all" else averaging_callbacks(trainer)
+    instead = "use AdapterEMA, which averages only what is trained"
+    if method.averageable == "nothing":
+        found += [one for one in trainer.callbacks if type(one).__name__ == "AdapterEMA"]  # type: ignore[attr-defined]
+        instead = "leave it out"
+    if found:
+        raise ValueError(
+            f"{type(found[0]).__name__} would average what {type(method).__name__} replaces along the run with what it "
+            f"was before, which means nothing: {instead}"
+        )
 
 
 def check_norms(trainer: Trainer, module: LightningModule) -> None:

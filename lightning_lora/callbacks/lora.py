@@ -17,6 +17,7 @@ from lightning_lora.adapter import Role
 from lightning_lora.callbacks.audit import Audit
 from lightning_lora.callbacks.averaging import (
     averaging_callbacks,
+    check_averageable,
     check_norms,
     check_order,
     extend_rates,
@@ -125,6 +126,7 @@ class LoRACallback(Callback):
         if stage == "fit":
             check_conflicts(trainer)
             check_order(trainer, self)
+            check_averageable(trainer, self.method)
             self._wrap(
                 pl_module, "configure_optimizers", lambda build: self._configure_optimizers(trainer, pl_module, build)
             )

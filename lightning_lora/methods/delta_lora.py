@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class DeltaLoRA(LoRA):
         ValueError: If a value is out of its range.
     """
 
+    averageable: ClassVar[Literal["all", "trained", "nothing"]] = "trained"  # the copy comes all at once
     update_ratio: float = 2.0
     start_step: int = 500
 

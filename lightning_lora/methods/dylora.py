@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 class DyLoRA(LoRA):
     """LoRA that is trained for every rank up to r at once; the fields are those of ``LoRA``.
 
-    A prefix of rank b is the adapter of ``LoRA(r=b)`` with the same alpha. At full rank it is LoRA.
+    A prefix of rank b is the adapter of ``LoRA(r=b)`` with the same alpha. At full rank it is LoRA. During a run and in
+    training mode, all that looks at an adapter (``merged``, say) sees the prefix of the step.
     """
 
     @override

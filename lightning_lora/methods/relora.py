@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,13 @@ class ReLoRA(LoRA):
         restarts: How many there are at most; the factors have room for as many.
         warmup: Number of steps over which the adapters' updates grow back to full size after a restart; 0 for none.
         prune: Share of the optimizer's state of the pair that a restart sets to zero, where the first moment is
-            smallest in magnitude; 1 resets all of it.
+            smallest in magnitude; 1 resets all of it. What is packed or factored (8-bit optimizers, Adafactor) stays.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
+    averageable: ClassVar[Literal["all", "trained", "nothing"]] = "nothing"  # a new pair has nothing of the one before
     restart_every: int = 1000
     restarts: int = 3
     warmup: int = 50
