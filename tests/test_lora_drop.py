@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
+from conftest import Lit, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_lora import LoRADrop, inject, sites, using
+from lightning_lora import LoRACallback, LoRADrop, inject, sites, using
 from lightning_lora.importance import alike, importances, select
 from lightning_lora.sharing import share, shares
 
@@ -256,9 +261,9 @@ def test_what_is_shared_and_frozen_stays_as_the_first_of_them_was() -> None:
 
 @pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
 def test_the_base_stays_as_it_was(rest: Any) -> None:
-    model = blocks()
+    model = blocks(LoRADrop(r=2, alpha=4, rest=rest))
     base = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
-    share(model, KEPT, rest=rest)
+    share(model, KEPT)
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if "lora_" not in name)
 
 
@@ -276,3 +281,139 @@ def test_a_gradient_of_what_is_shared_is_the_sum_over_its_places() -> None:
         site.slot["default"] = copy.deepcopy(site.adapter("default"))
     apart(x).square().sum().backward()
     assert torch.allclose(total, sum(site.adapter("default").lora_B.grad for site in places), atol=1e-5)
+
+
+# ---- one fit
+
+
+class Deep(Lit):
+    """A LightningModule around the six blocks, with dropout, a metric that it logs and an optimizer of its own."""
+
+    def build(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            return Blocks()
+
+
+def fit(
+    trainer: Callable[..., L.Trainer],
+    method: LoRADrop | None = None,
+    module: Lit | None = None,
+    data: Any = None,
+    ckpt_path: Any = None,
+    callback: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Lit, L.Trainer]:
+    module = module or Deep()
+    lora = LoRACallback(method or LoRADrop(r=2, alpha=4, sample_steps=3), TARGETS, **(callback or {}))
+    run = trainer(callbacks=[lora, *options.pop("callbacks", [])], **options)
+    run.fit(module, data or loader(8), ckpt_path=ckpt_path)
+    return module, run
+
+
+def sample_of(run: L.Trainer) -> Any:
+    return run.callbacks[0]._schedules[-1]  # type: ignore[attr-defined]
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Watches(L.Callback):
+    """Notes how many adapter parameters there are after each step."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.sizes.append(numel(pl_module))
+
+
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
+def test_one_fit_samples_selects_and_trains_on(rest: Any, trainer: Callable[..., L.Trainer]) -> None:
+    watch = Watches()
+    module, run = fit(trainer, LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest), callbacks=[watch])
+    per_adapter = 2 * (4 + 6)
+    left = (4 if rest != "shared" else 6) * per_adapter
+    assert watch.sizes == [12 * per_adapter] * 2 + [left] * 14
+    assert sum(sample_of(run).importances.values()) == pytest.approx(2)
+    held = [p for group in run.optimizers[0].param_groups for p in group["params"]]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert set(held) == set(trained)
+    assert len(held) == len(trained) == len(run.optimizers[0].state)
+    assert all(state["step"] == 13 for state in run.optimizers[0].state.values())
+    assert all(site.adapter("default").lora_B.any() for site in sites(module))
+
+
+def test_the_sample_is_a_share_of_the_steps_of_the_run(trainer: Callable[..., L.Trainer]) -> None:
+    _, run = fit(trainer, LoRADrop(r=2, sample_ratio=0.25), accumulate_grad_batches=2)
+    assert sample_of(run).steps == 2  # of 2 epochs of 4 steps
+
+
+def test_going_on_keeps_the_optimizers_moments_of_the_kept(trainer: Callable[..., L.Trainer]) -> None:
+    module, run = fit(trainer, LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, reinit=False))
+    steps = {p: int(state["step"]) for p, state in run.optimizers[0].state.items()}
+    shared = shares(module, "default")
+    for site in sites(module):
+        for parameter in site.adapter("default").parameters():
+            assert steps[parameter] == (13 if site.name in shared else 16)
+
+
+def test_the_ratio_of_learning_rates_holds_and_the_schedulers_see_their_groups(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    def configure(module: Any) -> Any:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, 16), "interval": "step"}
+        ]
+
+    plain = Lit(configure)
+    trainer().fit(plain, loader(8))
+    module, run = fit(trainer, module=Deep(configure), callback={"lr_ratio": 4.0})
+    roles = {p: name for name, p in module.named_parameters()}
+    groups = run.optimizers[0].param_groups
+    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1, 4])
+    assert groups[0]["lr"] == plain.trainer.optimizers[0].param_groups[0]["lr"]
+    assert all("lora_A" in roles[p] for p in groups[0]["params"])
+    assert all("lora_B" in roles[p] for p in groups[1]["params"])
+
+
+def test_optimizers_that_keep_sums_from_the_start_go_on(trainer: Callable[..., L.Trainer]) -> None:
+    module, run = fit(trainer, module=Deep(lambda module: torch.optim.Adagrad(module.parameters(), lr=0.05)))
+    assert len(run.optimizers[0].state) == len([p for p in module.parameters() if p.requires_grad])
+
+
+def test_the_look_leaves_no_trace_in_logs(tmp_path: Path, trainer: Callable[..., L.Trainer]) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(trainer, logger=logger, log_every_n_steps=1)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 16
+
+
+RESUMES = {"in the sample": (5, 4), "right after the selection": (4, 4), "in the second phase": (5, 8)}
+
+
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
+@pytest.mark.parametrize("when", RESUMES)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    when: str, rest: Any, tmp_path: Path, trainer: Callable[..., L.Trainer]
+) -> None:
+    sample, stop = RESUMES[when]
+    method = LoRADrop(r=2, alpha=4, sample_steps=sample, top_n=2, rest=rest)
+    options: dict[str, Any] = {"callback": {"lr_ratio": 4.0}, "data": loader(4), "max_epochs": 4}
+
+    def saver(name: str) -> Any:
+        return ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1)
+
+    whole, run = fit(trainer, method, callbacks=[saver("a")], enable_checkpointing=True, **options)
+    path = tmp_path / "a" / f"step={stop}.ckpt"
+    resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver("b")], enable_checkpointing=True, **options)
+    assert sample_of(again).importances == sample_of(run).importances
+    assert same(values(resumed), values(whole))
+    assert shares(resumed, "default") == shares(whole, "default")
+    assert [p.requires_grad for p in resumed.parameters()] == [p.requires_grad for p in whole.parameters()]
