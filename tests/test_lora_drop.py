@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, LoRADrop, inject, sites, using
+from lightning_lora import (
+    AdapterError,
+    LoRACallback,
+    LoRADrop,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merged,
+    save_adapter,
+    sites,
+    using,
+)
+from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.importance import alike, importances, select
+from lightning_lora.offline import merge
 from lightning_lora.sharing import share, shares
 
 
@@ -407,13 +424,167 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     method = LoRADrop(r=2, alpha=4, sample_steps=sample, top_n=2, rest=rest)
     options: dict[str, Any] = {"callback": {"lr_ratio": 4.0}, "data": loader(4), "max_epochs": 4}
 
-    def saver(name: str) -> Any:
-        return ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1)
-
-    whole, run = fit(trainer, method, callbacks=[saver("a")], enable_checkpointing=True, **options)
-    path = tmp_path / "a" / f"step={stop}.ckpt"
-    resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver("b")], enable_checkpointing=True, **options)
+    options |= {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    whole, run = fit(trainer, method, callbacks=[ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)], **options)
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+    path = tmp_path / f"step={stop}.ckpt"
+    resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver], **options)
     assert sample_of(again).importances == sample_of(run).importances
     assert same(values(resumed), values(whole))
     assert shares(resumed, "default") == shares(whole, "default")
     assert [p.requires_grad for p in resumed.parameters()] == [p.requires_grad for p in whole.parameters()]
+
+
+# ---- files
+
+
+def dropped(rest: Any = "shared") -> Blocks:
+    """A network after the selection, with values as after more training."""
+    model = blocks(LoRADrop(r=2, alpha=4, rest=rest))
+    share(model, KEPT)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def plain() -> Blocks:
+    torch.manual_seed(5)
+    return Blocks()
+
+
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
+def test_a_folder_loads_as_it_was_saved_with_what_is_shared(rest: Any, tmp_path: Path) -> None:
+    model, other = dropped(rest), plain()
+    save_adapter(model, tmp_path / "a")
+    load_adapter(other, tmp_path / "a")
+    assert shares(other, "default") == shares(model, "default")
+    assert same(values(other), values(model))
+    assert numel(other) == numel(model)
+
+
+def test_a_folder_under_another_root_shares_too(tmp_path: Path) -> None:
+    save_adapter(dropped(), tmp_path / "a")
+    outer = nn.ModuleDict({"inner": plain()})
+    load_adapter(outer, tmp_path / "a")
+    assert shares(outer, "default")["inner.blocks.2.up.weight"] == "inner.blocks.0.up.weight"
+
+
+@pytest.mark.parametrize("rest", ["shared", "none"])
+def test_peft_loads_the_folder_with_a_copy_for_each_matrix_and_computes_the_same(rest: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = dropped(rest)
+    save_adapter(model, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(plain(), tmp_path / "a")
+    x = torch.randn(5, 4)
+    assert torch.allclose(theirs(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("rest", ["shared", "none"])
+def test_merging_gives_each_matrix_the_shared_change_in_the_model_and_from_files(rest: Any, tmp_path: Path) -> None:
+    model, x = dropped(rest), torch.randn(5, 4)
+    save_adapter(model, tmp_path / "a")
+    torch.save(plain().state_dict(), tmp_path / "base.pt")
+    merge(tmp_path / "a", tmp_path / "base.pt", tmp_path / "merged.pt")
+    loaded = plain()
+    loaded.load_state_dict(torch.load(tmp_path / "merged.pt"))
+    expected = model(x)
+    assert torch.allclose(loaded(x), expected, atol=1e-5)
+    with merged(model):
+        assert torch.allclose(model.eval()(x), expected, atol=1e-5)
+
+
+def test_a_checkpoint_holds_what_is_shared_once_and_loads_by_itself(
+    tmp_path: Path, trainer: Callable[..., L.Trainer]
+) -> None:
+    sizes = {}
+    for rest in ("none", "shared"):
+        method = LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest)  # type: ignore[arg-type]
+        module, run = fit(trainer, method, max_epochs=1)
+        run.save_checkpoint(tmp_path / f"{rest}.ckpt", weights_only=True)
+        state = torch.load(tmp_path / f"{rest}.ckpt", weights_only=True)["state_dict"]
+        sizes[rest] = len({value.untyped_storage().data_ptr() for name, value in state.items() if "lora_" in name})
+        loaded = load_from_checkpoint(Deep, tmp_path / f"{rest}.ckpt")
+        assert same(values(loaded), values(module))
+        assert shares(loaded, "default") == shares(module, "default")
+    assert sizes == {"none": 8, "shared": 12}
+
+
+def test_copies_and_pickles_share_too() -> None:
+    model = dropped()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert shares(other, "default") == shares(model, "default")
+        assert numel(other) == numel(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shares": "blocks.9.up.weight"},
+        {"shares": "blocks.1.up.weight"},
+        {"shares": 3},
+        {"r": 1},
+    ],
+)
+def test_a_description_whose_sharing_makes_no_sense_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    save_adapter(dropped(), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors, described = read_tensors(path)
+    assert described is not None
+    described["sites"]["blocks.2.up.weight"] |= change
+    path.write_bytes(to_bytes(tensors, described))
+    with pytest.raises(AdapterError, match=r"blocks\.2\.up\.weight"):
+        load_adapter(plain(), tmp_path / "a")
+
+
+# ---- several processes
+
+RANK = """
+import sys
+sys.path.insert(0, {tests!r})
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+from conftest import loader
+from test_lora_drop import Deep, TARGETS, values
+from lightning_lora import LoRACallback, LoRADrop
+from lightning_lora.sharing import shares
+
+torch.set_num_threads(1)
+found = {{}}
+for rest in ("shared", "shared_frozen", "none"):
+    lora = LoRACallback(LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest), TARGETS, lr_ratio=4.0)
+    run = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, callbacks=[lora],
+                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    module = Deep()
+    run.fit(module, DataLoader(loader(8).dataset, batch_size=4, shuffle=True))
+    sample = lora._schedules[-1]
+    found[rest] = {{"values": values(module), "importances": sample.importances, "shares": shares(module, "default"),
+                   "steps": {{int(state["step"]) for state in run.optimizers[0].state.values()}}}}
+torch.save(found, sys.argv[1] + f"/{{run.global_rank}}.pt")
+"""
+
+
+def test_two_processes_select_the_same_and_their_parameters_stay_equal(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RANK.format(tests=str(Path(__file__).parent)))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "LOCAL_RANK"))}
+    here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**kept, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    for rest in ("shared", "shared_frozen", "none"):
+        one, other = (rank[rest] for rank in ranks)
+        assert one["importances"] == other["importances"]
+        assert one["shares"] == other["shares"]
+        assert same(one["values"], other["values"])
+        assert one["steps"] == {5}  # 8 in all, 3 of them in the sample
+        assert all(value.any() for name, value in one["values"].items() if "lora_B" in name)
