@@ -17,6 +17,7 @@ from lightning_lora.layout import Layout, whole_number
 from lightning_lora.method import Method, known_methods
 from lightning_lora.peft_layers import FORMS
 from lightning_lora.quantized import identifying_values
+from lightning_lora.sharing import shares
 from lightning_lora.sites import Site, clean, join, relative, slots_at, tied_names
 
 _BLOCKS, _BLOCK = 64, 64
@@ -38,7 +39,7 @@ def describe(
     """
     methods = {site.name: site.adapter(task).method for site in found}
     first = next(iter(methods.values()))
-    tied, shared = tied_names(model), _sharing(model, found)
+    tied, shared, firsts = tied_names(model), _sharing(model, found), shares(model, task)
     described = {
         relative(site.name, root): {
             "r": methods[site.name].r,
@@ -48,6 +49,7 @@ def describe(
             "layout": site.slot.layout.described(),
             "tied": [relative(name, root) for name in tied[site.name]],
             "tied_to": [name.removeprefix(f"{root}.") for name in shared[site.name]],
+            "shares": relative(firsts[site.name], root) if site.name in firsts else [],
         }
         for site in found
     }
@@ -104,7 +106,7 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
     if not described["sites"]:
         raise AdapterError(f"{path}: its description names no adapted matrix, so there is nothing to load")
     for name, values in described["sites"].items():
-        if not isinstance(values, dict) or not _is_site(values, len(described["sites"])):
+        if not isinstance(values, dict) or not _is_site(values, described["sites"]):
             raise AdapterError(
                 f"{path}: its description says {values!r} of {name}, which no save writes: save it again"
             )
@@ -126,17 +128,34 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
     layouts_of(described, path)
 
 
-def _is_site(values: Mapping[str, Any], number_of_sites: int) -> bool:
+def _is_site(values: Mapping[str, Any], among: Mapping[str, Any]) -> bool:
     """Tell whether what a description says of a site is in order, but for its layout and its method."""
     base, form, size, level = (values.get(field) for field in ("base", "form", "size", "level"))
     names = [values.get("tied", []), values.get("tied_to", [])]
     return (
         isinstance(base, str | None)
+        and ("shares" not in values or _is_first(values, among))
         and (form is None or (isinstance(form, str) and form in FORMS))
-        and (level is None or (whole_number(level) and 0 <= level < number_of_sites))
+        and (level is None or (whole_number(level) and 0 <= level < len(among)))
         and (size is None or (isinstance(size, list) and all(whole_number(n) and 0 <= n < _LONGEST for n in size)))
         and all(isinstance(some, list) and all(isinstance(name, str) for name in some) for some in names)
     )
+
+
+def _is_first(values: Mapping[str, Any], among: Mapping[str, Any]) -> bool:
+    """Tell whether the site that a site shares the adapter of says so of itself, and has the same rank and alpha."""
+    name = values["shares"]
+    first = among.get(name) if isinstance(name, str) else None
+    return isinstance(first, dict) and [first.get(f) for f in ("shares", "r", "alpha")] == [
+        name,
+        values.get("r"),
+        values.get("alpha"),
+    ]
+
+
+def shares_of(described: Mapping[str, Any]) -> dict[str, str]:
+    """Return the site whose adapter it is, by the name of each site of a description that shares it."""
+    return {name: values["shares"] for name, values in described["sites"].items() if "shares" in values}
 
 
 def layouts_of(described: Mapping[str, Any], path: object) -> dict[str, Layout]:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import SHARED
 from lightning_lora.candidates import Candidate, candidates
-from lightning_lora.description import check_description, fingerprint, layouts_of, methods_of, redrawn, tied_of
+from lightning_lora.description import (
+    check_description,
+    fingerprint,
+    layouts_of,
+    methods_of,
+    redrawn,
+    shares_of,
+    tied_of,
+)
 from lightning_lora.files import AdapterError, read_tensors, some
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
 from lightning_lora.inject import check_task_name, insert, remove
@@ -21,6 +29,7 @@ from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
 from lightning_lora.saving import OUTSIDE
 from lightning_lora.shared_tensors import join_shared, part_shared
+from lightning_lora.sharing import shares, tie
 from lightning_lora.sites import Site, join, named_submodules, sites
 from lightning_lora.state import mark_trained_in_full
 
@@ -55,6 +64,7 @@ def load_adapter(
     targets: list[tuple[Candidate, Method]] = []
     values: dict[str, dict[str, Tensor]] = {}
     entries: dict[str, Tensor] = {}
+    firsts: dict[str, str] = {}
     bare = False
     for folder in adapter_folders(path):
         file = read_adapter(folder)
@@ -76,6 +86,7 @@ def load_adapter(
             check_base(file.path, [one.site for one in chosen], list(file.bases.values()))
         targets += zip(chosen, file.methods.values(), strict=True)
         values |= {one.site.name: factors for one, factors in zip(chosen, fit_factors(file, chosen), strict=True)}
+        firsts |= {join(root, name): join(root, first) for name, first in file.shares.items()}
         weights = {name: one.site.weight for name, one in zip(file.methods, chosen, strict=True)}
         entries |= {join(root, name): value for name, value in fit_full_values(file, weights).items()}
     modules = named_submodules(model)
@@ -87,6 +98,7 @@ def load_adapter(
         insert(model, targets, task)
     except ValueError as error:
         raise AdapterError(f"{path}: {error}") from None
+    tie(model, firsts, task)
     found = [site for site in sites(model, task) if site.name in values]
     with torch.no_grad():
         part_shared(model, task)
@@ -132,6 +144,7 @@ def adopt(
         check_base(path, [one.site for one, _ in targets], [v.get("base") for v in described["sites"].values()])
     redrawn(described, path)
     insert(model, targets, described["task"])
+    tie(model, shares_of(described), described["task"])
     modules = named_submodules(model)
     for name in described["trained_in_full"]:
         module, _, entry = name.rpartition(".")
@@ -154,8 +167,12 @@ def restructure(model: nn.Module, described: Mapping[str, Any], path: object) ->
     check_description(described, path)
     task = described["task"]
     present = [site.adapter(task).method for site in sites(model, task)][:1]
-    theirs = list(methods_of(described, path).values())
-    if present and present[0].restructures and present[0] == theirs[0].at(present[0].r, present[0].alpha):
+    theirs = methods_of(described, path)
+    ours = {site.name: site.adapter(task).method for site in sites(model, task)}
+    first = next(iter(theirs.values()))
+    if ours == theirs and shares(model, task) == shares_of(described):
+        return
+    if present and present[0].restructures and present[0] == first.at(present[0].r, present[0].alpha):
         remove(model, task)
         adopt(model, described, path, allow_base_mismatch=True)
 

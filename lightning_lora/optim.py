@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -159,6 +161,37 @@ def place(model: nn.Module, optimizers: list[Optimizer]) -> str | None:
     return sentence
 
 
+def release(optimizer: Optimizer, gone: Collection[Tensor], fresh: Collection[Tensor]) -> None:
+    """Take parameters out of an optimizer, and forget what it noted of others that start anew.
+
+    What was split is joined; ``split`` it again.
+
+    Args:
+        optimizer: Any with param groups, changed in place.
+        gone: Parameters that leave it.
+        fresh: Parameters whose state starts as it was when the optimizer was built.
+    """
+    join_groups(optimizer.param_groups)
+    gone, fresh = set(gone), set(fresh)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in gone or parameter in fresh:
+                optimizer.state.pop(parameter, None)
+            if parameter in fresh:
+                with suppress(TypeError, AttributeError):  # built from something else: then its steps start the state
+                    _start_state(optimizer, group, parameter)
+        keep(group, [i for i, parameter in enumerate(group["params"]) if parameter not in gone])
+
+
+def _start_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+    """Note of a parameter what the optimizer would if it were built with it: Adagrad, for one, has sums then."""
+    known = inspect.signature(type(optimizer)).parameters  # AdamW has defaults that it does not take
+    options = {name: value for name, value in optimizer.defaults.items() if name in known}
+    state = type(optimizer)([{**group, "params": [parameter]}], **options).state
+    if parameter in state:
+        optimizer.state[parameter] = state[parameter]
+
+
 def _check_dense(homes: list[_Home], adapters: Collection[Tensor], names: Mapping[Tensor, str]) -> None:
     """Raise ``ValueError`` if an adapter is in an optimizer for sparse gradients, as embeddings have them."""
     for optimizer, group in homes:
@@ -174,16 +207,14 @@ def _check_dense(homes: list[_Home], adapters: Collection[Tensor], names: Mappin
 
 def _add(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, name: str) -> None:
     """Add a parameter to a group of an optimizer that exists already."""
-    if optimizer.state:  # Adagrad, for one, makes its state when it is built
+    if optimizer.state:  # some make it when they are built
         try:
-            fresh = type(optimizer)([{**group, "params": [parameter]}], **optimizer.defaults)
-        except TypeError:
+            _start_state(optimizer, group, parameter)
+        except (TypeError, AttributeError):
             raise ValueError(
                 f"{type(optimizer).__name__} holds state for the parameters that it was built with, so {name} cannot "
                 "join it: build it in configure_optimizers, from self.parameters()"
             ) from None
-        if parameter in fresh.state:
-            optimizer.state[parameter] = fresh.state[parameter]
     group["params"].append(parameter)
     if "param_names" in group:
         group["param_names"].append(name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lora import peft_format, peft_reading
 from lightning_lora.adapter import Adapter, stored_factors
-from lightning_lora.description import check_description, layouts_of, methods_of, redrawn, sizes_of, tied_of
+from lightning_lora.description import check_description, layouts_of, methods_of, redrawn, shares_of, sizes_of, tied_of
 from lightning_lora.files import AdapterError, parse_json, read_tensors
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
@@ -30,6 +30,7 @@ class AdapterFile(NamedTuple):
         sizes: The size of each site's parameter, likewise.
         tied: The further names of the tied weight that a site is, of layers that share its adapter.
         tied_to: Those of layers without the adapter.
+        shares: The site whose adapter it is, by the name of each site that shares it.
         bases: The fingerprint of each site's base weight, None where it is not known.
         forms: The form that each site's factors have in PEFT, or would have if all the others could be expressed.
         stored: Where they lie among the tensors.
@@ -46,6 +47,7 @@ class AdapterFile(NamedTuple):
     sizes: dict[str, tuple[int, ...] | None]
     tied: dict[str, list[str]]
     tied_to: dict[str, list[str]]
+    shares: dict[str, str]
     bases: dict[str, str | None]
     forms: dict[str, type[Form]]
     stored: dict[str, Stored]
@@ -171,6 +173,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             sizes=dict.fromkeys(methods),
             tied={name: [] for name in methods},
             tied_to={name: [] for name in methods},
+            shares={},
             bases=dict.fromkeys(methods),
             forms={name: one.form for name, one in stored.items()},
             stored=stored,
@@ -191,6 +194,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         sizes=sizes_of(described),
         tied=tied_of(described),
         tied_to=tied_of(described, adapted=False),
+        shares=shares_of(described),
         bases={name: values.get("base") for name, values in described["sites"].items()},
         forms=_forms(described),
         stored=stored,

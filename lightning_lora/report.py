@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,13 +64,55 @@ def table(found: list[Site], task: str = "default") -> str:
         found: The sites.
         task: Their task.
     """
-    body = rows(found, task)
+    return _drawn(f"adapters of task {task!r}", COLUMNS, rows(found, task))
+
+
+def importance_table(importances: Mapping[str, float], kept: Collection[str], shared: Mapping[str, str]) -> str:
+    """Return the table of what LoRA-drop measured and chose as text, drawn by rich where it is installed.
+
+    Args:
+        importances: Shares by site name.
+        kept: The sites that keep an adapter of their own.
+        shared: The site whose adapter it is, by the name of each site that shares it.
+    """
+    body = [
+        (name, f"{value:.4f}", "own" if name in kept else f"shares {shared[name]}" if name in shared else "none")
+        for name, value in importances.items()
+    ]
+    return _drawn("importances by LoRA-drop", ("site", "importance", "adapter"), body)
+
+
+def plot_importances(importances: Mapping[str, float], path: str | Path, kept: Collection[str] = ()) -> None:
+    """Draw a bar for each site, and write it as an image.
+
+    Args:
+        importances: Shares by site name.
+        path: The file; its ending gives the format.
+        kept: The sites that keep an adapter of their own, which are darker.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("plot_importances draws with matplotlib: pip install 'lightning-lora[plots]'")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.25 * len(importances)), layout="constrained")
+    axes = figure.add_subplot()
+    colors = ["tab:blue" if name in kept else "lightsteelblue" for name in importances]
+    axes.barh(list(importances), list(importances.values()), color=colors)
+    axes.invert_yaxis()  # the first site on top
+    axes.set_xlabel("share of what the adapters of like matrices add")
+    figure.savefig(path)
+
+
+def _drawn(title: str, columns: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> str:
     if find_spec("rich") is not None:
         from rich.console import Console
         from rich.table import Table
 
-        drawn = Table(title=f"adapters of task {task!r}")
-        for column in COLUMNS:
+        drawn = Table(title=title)
+        for column in columns:
             if column == "site":
                 drawn.add_column(column, overflow="fold")  # names have no spaces to break at, and none may be cut short
             else:
@@ -81,8 +123,8 @@ def table(found: list[Site], task: str = "default") -> str:
         with console.capture() as capture:
             console.print(drawn)
         return capture.get().rstrip("\n")
-    widths = [max(len(row[i]) for row in [COLUMNS, *body]) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [COLUMNS, *body]]
+    widths = [max(len(row[i]) for row in [columns, *body]) for i in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *body]]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -60,7 +60,7 @@ def tie(model: nn.Module, firsts: Mapping[str, str], task: str) -> None:
     for name, first in firsts.items():
         adapter = found[first].adapter(task)
         adapter.is_shared = True
-        found[name].slot[task] = adapter.requires_grad_(not adapter.method.freezes_shared)
+        found[name].slot[task] = adapter.requires_grad_(False) if adapter.method.freezes_shared else adapter
 
 
 def shares(model: nn.Module, task: str) -> dict[str, str]:

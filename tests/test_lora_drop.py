@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
+from conftest import Lit, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_lora import LoRADrop, inject, sites, using
+from lightning_lora import (
+    AdapterError,
+    LoRACallback,
+    LoRADrop,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    merged,
+    save_adapter,
+    sites,
+    using,
+)
+from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.importance import alike, importances, select
+from lightning_lora.offline import merge
 from lightning_lora.sharing import share, shares
 
 
@@ -256,9 +278,9 @@ def test_what_is_shared_and_frozen_stays_as_the_first_of_them_was() -> None:
 
 @pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
 def test_the_base_stays_as_it_was(rest: Any) -> None:
-    model = blocks()
+    model = blocks(LoRADrop(r=2, alpha=4, rest=rest))
     base = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
-    share(model, KEPT, rest=rest)
+    share(model, KEPT)
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if "lora_" not in name)
 
 
@@ -276,3 +298,293 @@ def test_a_gradient_of_what_is_shared_is_the_sum_over_its_places() -> None:
         site.slot["default"] = copy.deepcopy(site.adapter("default"))
     apart(x).square().sum().backward()
     assert torch.allclose(total, sum(site.adapter("default").lora_B.grad for site in places), atol=1e-5)
+
+
+# ---- one fit
+
+
+class Deep(Lit):
+    """A LightningModule around the six blocks, with dropout, a metric that it logs and an optimizer of its own."""
+
+    def build(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            return Blocks()
+
+
+def fit(
+    trainer: Callable[..., L.Trainer],
+    method: LoRADrop | None = None,
+    module: Lit | None = None,
+    data: Any = None,
+    ckpt_path: Any = None,
+    callback: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Lit, L.Trainer]:
+    module = module or Deep()
+    lora = LoRACallback(method or LoRADrop(r=2, alpha=4, sample_steps=3), TARGETS, **(callback or {}))
+    run = trainer(callbacks=[lora, *options.pop("callbacks", [])], **options)
+    run.fit(module, data or loader(8), ckpt_path=ckpt_path)
+    return module, run
+
+
+def sample_of(run: L.Trainer) -> Any:
+    return run.callbacks[0]._schedules[-1]  # type: ignore[attr-defined]
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Watches(L.Callback):
+    """Notes how many adapter parameters there are after each step."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.sizes.append(numel(pl_module))
+
+
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
+def test_one_fit_samples_selects_and_trains_on(rest: Any, trainer: Callable[..., L.Trainer]) -> None:
+    watch = Watches()
+    module, run = fit(trainer, LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest), callbacks=[watch])
+    per_adapter = 2 * (4 + 6)
+    left = (4 if rest != "shared" else 6) * per_adapter
+    assert watch.sizes == [12 * per_adapter] * 2 + [left] * 14
+    assert sum(sample_of(run).importances.values()) == pytest.approx(2)
+    held = [p for group in run.optimizers[0].param_groups for p in group["params"]]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert set(held) == set(trained)
+    assert len(held) == len(trained) == len(run.optimizers[0].state)
+    assert all(state["step"] == 13 for state in run.optimizers[0].state.values())
+    assert all(site.adapter("default").lora_B.any() for site in sites(module))
+
+
+def test_the_sample_is_a_share_of_the_steps_of_the_run(trainer: Callable[..., L.Trainer]) -> None:
+    _, run = fit(trainer, LoRADrop(r=2, sample_ratio=0.25), accumulate_grad_batches=2)
+    assert sample_of(run).steps == 2  # of 2 epochs of 4 steps
+
+
+def test_going_on_keeps_the_optimizers_moments_of_the_kept(trainer: Callable[..., L.Trainer]) -> None:
+    module, run = fit(trainer, LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, reinit=False))
+    steps = {p: int(state["step"]) for p, state in run.optimizers[0].state.items()}
+    shared = shares(module, "default")
+    for site in sites(module):
+        for parameter in site.adapter("default").parameters():
+            assert steps[parameter] == (13 if site.name in shared else 16)
+
+
+def test_the_ratio_of_learning_rates_holds_and_the_schedulers_see_their_groups(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    def configure(module: Any) -> Any:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, 16), "interval": "step"}
+        ]
+
+    plain = Lit(configure)
+    trainer().fit(plain, loader(8))
+    module, run = fit(trainer, module=Deep(configure), callback={"lr_ratio": 4.0})
+    roles = {p: name for name, p in module.named_parameters()}
+    groups = run.optimizers[0].param_groups
+    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1, 4])
+    assert groups[0]["lr"] == plain.trainer.optimizers[0].param_groups[0]["lr"]
+    assert all("lora_A" in roles[p] for p in groups[0]["params"])
+    assert all("lora_B" in roles[p] for p in groups[1]["params"])
+
+
+def test_optimizers_that_keep_sums_from_the_start_go_on(trainer: Callable[..., L.Trainer]) -> None:
+    module, run = fit(trainer, module=Deep(lambda module: torch.optim.Adagrad(module.parameters(), lr=0.05)))
+    assert len(run.optimizers[0].state) == len([p for p in module.parameters() if p.requires_grad])
+
+
+def test_the_look_leaves_no_trace_in_logs(tmp_path: Path, trainer: Callable[..., L.Trainer]) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(trainer, logger=logger, log_every_n_steps=1)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 16
+
+
+RESUMES = {"in the sample": (5, 4), "right after the selection": (4, 4), "in the second phase": (5, 8)}
+
+
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
+@pytest.mark.parametrize("when", RESUMES)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    when: str, rest: Any, tmp_path: Path, trainer: Callable[..., L.Trainer]
+) -> None:
+    sample, stop = RESUMES[when]
+    method = LoRADrop(r=2, alpha=4, sample_steps=sample, top_n=2, rest=rest)
+    options: dict[str, Any] = {"callback": {"lr_ratio": 4.0}, "data": loader(4), "max_epochs": 4}
+
+    options |= {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    whole, run = fit(trainer, method, callbacks=[ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)], **options)
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+    path = tmp_path / f"step={stop}.ckpt"
+    resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver], **options)
+    assert sample_of(again).importances == sample_of(run).importances
+    assert same(values(resumed), values(whole))
+    assert shares(resumed, "default") == shares(whole, "default")
+    assert [p.requires_grad for p in resumed.parameters()] == [p.requires_grad for p in whole.parameters()]
+
+
+# ---- files
+
+
+def dropped(rest: Any = "shared") -> Blocks:
+    """A network after the selection, with values as after more training."""
+    model = blocks(LoRADrop(r=2, alpha=4, rest=rest))
+    share(model, KEPT)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def plain() -> Blocks:
+    torch.manual_seed(5)
+    return Blocks()
+
+
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
+def test_a_folder_loads_as_it_was_saved_with_what_is_shared(rest: Any, tmp_path: Path) -> None:
+    model, other = dropped(rest), plain()
+    save_adapter(model, tmp_path / "a")
+    load_adapter(other, tmp_path / "a")
+    assert shares(other, "default") == shares(model, "default")
+    assert same(values(other), values(model))
+    assert numel(other) == numel(model)
+
+
+def test_a_folder_under_another_root_shares_too(tmp_path: Path) -> None:
+    save_adapter(dropped(), tmp_path / "a")
+    outer = nn.ModuleDict({"inner": plain()})
+    load_adapter(outer, tmp_path / "a")
+    assert shares(outer, "default")["inner.blocks.2.up.weight"] == "inner.blocks.0.up.weight"
+
+
+@pytest.mark.parametrize("rest", ["shared", "none"])
+def test_peft_loads_the_folder_with_a_copy_for_each_matrix_and_computes_the_same(rest: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = dropped(rest)
+    save_adapter(model, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(plain(), tmp_path / "a")
+    x = torch.randn(5, 4)
+    assert torch.allclose(theirs(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("rest", ["shared", "none"])
+def test_merging_gives_each_matrix_the_shared_change_in_the_model_and_from_files(rest: Any, tmp_path: Path) -> None:
+    model, x = dropped(rest), torch.randn(5, 4)
+    save_adapter(model, tmp_path / "a")
+    torch.save(plain().state_dict(), tmp_path / "base.pt")
+    merge(tmp_path / "a", tmp_path / "base.pt", tmp_path / "merged.pt")
+    loaded = plain()
+    loaded.load_state_dict(torch.load(tmp_path / "merged.pt"))
+    expected = model(x)
+    assert torch.allclose(loaded(x), expected, atol=1e-5)
+    with merged(model):
+        assert torch.allclose(model.eval()(x), expected, atol=1e-5)
+
+
+def test_a_checkpoint_holds_what_is_shared_once_and_loads_by_itself(
+    tmp_path: Path, trainer: Callable[..., L.Trainer]
+) -> None:
+    sizes = {}
+    for rest in ("none", "shared"):
+        method = LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest)  # type: ignore[arg-type]
+        module, run = fit(trainer, method, max_epochs=1)
+        run.save_checkpoint(tmp_path / f"{rest}.ckpt", weights_only=True)
+        state = torch.load(tmp_path / f"{rest}.ckpt", weights_only=True)["state_dict"]
+        sizes[rest] = len({value.untyped_storage().data_ptr() for name, value in state.items() if "lora_" in name})
+        loaded = load_from_checkpoint(Deep, tmp_path / f"{rest}.ckpt")
+        assert same(values(loaded), values(module))
+        assert shares(loaded, "default") == shares(module, "default")
+    assert sizes == {"none": 8, "shared": 12}
+
+
+def test_copies_and_pickles_share_too() -> None:
+    model = dropped()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert shares(other, "default") == shares(model, "default")
+        assert numel(other) == numel(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shares": "blocks.9.up.weight"},
+        {"shares": "blocks.1.up.weight"},
+        {"shares": 3},
+        {"r": 1},
+    ],
+)
+def test_a_description_whose_sharing_makes_no_sense_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    save_adapter(dropped(), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors, described = read_tensors(path)
+    assert described is not None
+    described["sites"]["blocks.2.up.weight"] |= change
+    path.write_bytes(to_bytes(tensors, described))
+    with pytest.raises(AdapterError, match=r"blocks\.2\.up\.weight"):
+        load_adapter(plain(), tmp_path / "a")
+
+
+# ---- several processes
+
+RANK = """
+import sys
+sys.path.insert(0, {tests!r})
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+from conftest import loader
+from test_lora_drop import Deep, TARGETS, values
+from lightning_lora import LoRACallback, LoRADrop
+from lightning_lora.sharing import shares
+
+torch.set_num_threads(1)
+found = {{}}
+for rest in ("shared", "shared_frozen", "none"):
+    lora = LoRACallback(LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest), TARGETS, lr_ratio=4.0)
+    run = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, callbacks=[lora],
+                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    module = Deep()
+    run.fit(module, DataLoader(loader(8).dataset, batch_size=4, shuffle=True))
+    sample = lora._schedules[-1]
+    found[rest] = {{"values": values(module), "importances": sample.importances, "shares": shares(module, "default"),
+                   "steps": {{int(state["step"]) for state in run.optimizers[0].state.values()}}}}
+torch.save(found, sys.argv[1] + f"/{{run.global_rank}}.pt")
+"""
+
+
+def test_two_processes_select_the_same_and_their_parameters_stay_equal(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RANK.format(tests=str(Path(__file__).parent)))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "LOCAL_RANK"))}
+    here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**kept, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    for rest in ("shared", "shared_frozen", "none"):
+        one, other = (rank[rest] for rank in ranks)
+        assert one["importances"] == other["importances"]
+        assert one["shares"] == other["shares"]
+        assert same(one["values"], other["values"])
+        assert one["steps"] == {5}  # 8 in all, 3 of them in the sample
+        assert all(value.any() for name, value in one["values"].items() if "lora_B" in name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from lightning_lora.callbacks.averaging import (
     leave_frozen_weights,
 )
 from lightning_lora.callbacks.conflicts import check_conflicts
+from lightning_lora.callbacks.dropping import check_droppable, drop_if_due
 from lightning_lora.callbacks.guards import (
     check_connected,
     check_present,
@@ -183,6 +185,7 @@ class LoRACallback(Callback):
                 )
         if stage == "fit":
             check_norms(trainer, pl_module)
+            check_droppable(trainer, pl_module, self.method)
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
 
     def _configure_optimizers(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
@@ -208,11 +211,14 @@ class LoRACallback(Callback):
         if doubt is not None:
             rank_zero_warn(doubt)
         for optimizer in optimizers:
-            split(pl_module, optimizer, self.lr_ratio, self.weight_decay)
+            self._split(pl_module, optimizer)
         for scheduler in schedulers:
             link(scheduler, optimizers)
         self._start_schedules(trainer, pl_module, optimizers)
         return returned
+
+    def _split(self, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        split(pl_module, optimizer, self.lr_ratio, self.weight_decay)
 
     def _start_schedules(self, trainer: Trainer, pl_module: LightningModule, optimizers: list[Optimizer]) -> None:
         """Have the method's schedules called around the steps of the optimizer that trains the adapters."""
@@ -286,13 +292,15 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judge the first batch that had a backward, and log what schedules have to say."""
+        """Log what schedules have to say, judge the first batch that had a backward, and drop adapters where it is time."""
         for schedule in self._schedules:
             pl_module.log_dict(schedule.metrics())
         if self._audit is not None and self._audit.backward_ran:
             audit, self._audit = self._audit, None
             audit.stop()
             audit.check()
+        if drop_if_due(trainer, pl_module, self._schedules, partial(self._split, pl_module)):
+            self._found = sites(pl_module, TASK)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -310,6 +318,11 @@ class LoRACallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind but the adapters and the checkpoint writer, which saves after the run need."""
         self._undo_all()
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look at the adapters anew: those of a checkpoint may be fewer than were injected."""
+        self._found = sites(pl_module, TASK)
 
     @override
     def state_dict(self) -> dict[str, Any]:

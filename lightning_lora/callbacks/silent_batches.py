@@ -41,17 +41,7 @@ def silent_losses(trainer: Trainer, pl_module: LightningModule, batches: int) ->
         ValueError: If the module steps its optimizers or fetches its batches itself, or if the data can be iterated
             over only once.
     """
-    name = type(pl_module).__name__
-    if not pl_module.automatic_optimization:
-        raise ValueError(
-            f"{name} has automatic_optimization=False, so its training_step steps the optimizer and cannot run just to "
-            "look at a loss: use automatic optimization, or a method and an init that look at no data"
-        )
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        raise ValueError(
-            f"training_step of {name} takes dataloader_iter, so it would fetch batches of the run itself: let it take "
-            "(batch, batch_idx), or use a method and an init that look at no data"
-        )
+    check_looks(pl_module)
     with isolate_rng(), _silence(trainer, pl_module), torch.compiler.set_stance("force_eager"):
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         torch.manual_seed(seed)
@@ -68,6 +58,25 @@ def silent_losses(trainer: Trainer, pl_module: LightningModule, batches: int) ->
                 loss = output["loss"] if isinstance(output, Mapping) else output
                 if loss is not None:
                     yield loss
+
+
+def check_looks(pl_module: LightningModule) -> None:
+    """Raise ``ValueError`` if a module steps its optimizers or fetches its batches itself.
+
+    Args:
+        pl_module: The module.
+    """
+    name = type(pl_module).__name__
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{name} has automatic_optimization=False, so its training_step steps the optimizer and cannot run just to "
+            "look at a loss: use automatic optimization, or a method and an init that look at no data"
+        )
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            f"training_step of {name} takes dataloader_iter, so it would fetch batches of the run itself: let it take "
+            "(batch, batch_idx), or use a method and an init that look at no data"
+        )
 
 
 @contextmanager

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from lightning_lora.sites import Site
 
 Rest = Literal["shared", "shared_frozen", "none"]
+_PRINCIPAL = "shared adapter cannot equal each layer's principal part: the base residuals differ"
+_REFUSED_INITS = {
+    "pissa": _PRINCIPAL,
+    "milora": _PRINCIPAL,
+    "olora": _PRINCIPAL,
+    "lora_ga": _PRINCIPAL,
+    "eva": "two rank allocators on one budget",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,9 @@ class LoRADrop(LoRA):
         alpha: As for LoRA.
         dropout: As for LoRA.
         scaling: As for LoRA.
+        init: As for LoRA, without those that look at the base or at data.
+        gradient: As for LoRA.
+        freeze_A: As for LoRA.
         sample_ratio: Share of the run's optimizer steps that the first phase takes.
         sample_steps: Its number of optimizer steps; None takes ``sample_ratio``.
         threshold: Of each group of like matrices, the most important ones keep their adapters until together they have
@@ -70,6 +81,9 @@ class LoRADrop(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        reason = _REFUSED_INITS.get(self.init)
+        if reason is not None:
+            raise ValueError(f"init={self.init!r}: {reason}: use init='kaiming'")
         if not (isinstance(self.sample_ratio, int | float) and 0 < self.sample_ratio < 1):
             raise ValueError(
                 f"sample_ratio={self.sample_ratio!r}: must be above 0 and below 1, for example sample_ratio=0.1"
