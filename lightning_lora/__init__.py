@@ -3,6 +3,7 @@
 from lightning_lora import methods as methods
 from lightning_lora.callbacks import AdapterEMA, LoRACallback
 from lightning_lora.checkpoints import load_from_checkpoint
+from lightning_lora.data_starts import start_from_data
 from lightning_lora.files import AdapterError
 from lightning_lora.inject import inject, remove
 from lightning_lora.loading import load_adapter
@@ -59,6 +60,7 @@ __all__ = [
     "remove",
     "save_adapter",
     "sites",
+    "start_from_data",
     "truncate_",
     "use",
     "using",

@@ -67,9 +67,13 @@ class GradientMeans:
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         if not self.left:  # what the last batch did not reach
-            for parameter, total in self._sums.items():
-                self.takers[parameter](total / self.batches)
-            self._sums.clear()
+            self.finish()
+
+    def finish(self) -> None:
+        """Hand on the means of the batches that came, where those are fewer than were announced."""
+        for parameter, total in self._sums.items():
+            self.takers[parameter](total / (self.batches - self.left))
+        self._sums.clear()
 
     def _take(self, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None

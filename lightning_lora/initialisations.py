@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Initialisation = Literal["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"]
-KEEPS_START = ("pissa", "milora", "olora")  # B @ A is not 0, so the adapter keeps A0 and B0
+Initialisation = Literal["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora", "eva", "lora_ga"]
+FROM_DATA = ("eva", "lora_ga")
+KEEPS_START = ("pissa", "milora", "olora", "lora_ga")  # B @ A is not 0, so the adapter keeps A0 and B0
 _GAMMA = 16.0  # of LoRA-GA: how small its start is
 
 
@@ -171,6 +172,44 @@ def halved(factors: Mapping[str, Tensor], freeze_A: bool) -> dict[str, Tensor]:
     return {**factors, **{name: value for name, value in pair.items() if not (freeze_A and name == "lora_A0")}}
 
 
+def eva_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """Return ranks that give a budget to the directions with the largest shares, at least one to each matrix.
+
+    Args:
+        shares: Of each matrix, the share of its inputs' energy along each direction that it could have, largest first.
+        budget: The sum of all ranks (Paischer et al., 2024, arXiv:2410.07170).
+    """
+    ranks = dict.fromkeys(shares, 1)
+    further = [(-float(share), name) for name, of_one in shares.items() for share in of_one[1:]]
+    for _, name in sorted(further, key=lambda one: one[0])[: max(0, budget - len(ranks))]:
+        ranks[name] += 1
+    return ranks
+
+
+def check_init(init: Initialisation, r: int, batches: int, spread: float) -> None:
+    """Check what LoRA says of its start.
+
+    Args:
+        init: The initialisation.
+        r: Rank.
+        batches: Number of batches that a start from data takes.
+        spread: How many times its own rank a matrix may get.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    if init not in get_args(Initialisation):
+        raise ValueError(f"init={init!r}: must be one of {', '.join(get_args(Initialisation))}")
+    if init == "orthogonal" and r % 2:
+        raise ValueError(f"r={r}: init='orthogonal' gives half of the rank to each factor: use an even r")
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"init_batches={batches!r}: must be a whole number of at least 1, for example init_batches=8")
+    if not (isinstance(spread, int | float) and 1 <= spread < math.inf):
+        raise ValueError(f"rank_spread={spread!r}: must be a finite number of at least 1, at which no rank changes")
+    if spread != 1 and init != "eva":
+        raise ValueError(f"rank_spread={spread:g} is for init='eva', which has measures of directions to go by")
+
+
 def check_rank(init: Initialisation, r: int, shape: tuple[int, ...]) -> None:
     """Check that a matrix has as many directions as a start takes from it.
 
@@ -182,8 +221,9 @@ def check_rank(init: Initialisation, r: int, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: If it has fewer.
     """
-    needed = r
-    if init in KEEPS_START and needed > min(shape[-2:]):
+    there = shape[-1] if init == "eva" else min(shape[-2:])
+    needed = 2 * r if init == "lora_ga" else r
+    if init in (*KEEPS_START, "eva") and needed > there:
         raise ValueError(
             f"r={r}: init={init!r} takes {needed} directions of a matrix, and this one is {shape[-2]} x {shape[-1]}: "
             "give it a smaller rank by rank_pattern, or leave it out with exclude_modules"

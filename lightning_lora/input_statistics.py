@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import mha
@@ -74,6 +75,26 @@ class InputStatistics:
             joined = piece if self._sketch is None else torch.cat([self._sketch, piece], -2)
             values, directions = torch.linalg.svd(joined, full_matrices=False)[1:]
             self._sketch = values[..., : self.rank, None] * directions[..., : self.rank, :]
+
+    @torch.no_grad()
+    def all_reduce(self) -> None:
+        """Take the rows that all processes were given into account; each has to call it, in the same order."""
+        kept = self._gram if self.exact else self._sketch
+        mine = (self.count, self.energy.cpu(), None if kept is None else kept.cpu())
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        device = self.energy.device
+        seen = [(count, energy, part) for count, energy, part in everyone if part is not None]
+        if not seen:
+            return
+        self.count, self.energy = sum(one[0] for one in seen), sum(one[1] for one in seen).to(device)
+        if self.exact:
+            self._gram = sum(one[2] for one in seen).to(device)
+            return
+        values, directions = torch.linalg.svd(torch.cat([one[2] for one in seen], -2).to(device), full_matrices=False)[
+            1:
+        ]
+        self._sketch = values[..., : self.rank, None] * directions[..., : self.rank, :]
 
     @torch.no_grad()
     def top(self, k: int) -> tuple[Tensor, Tensor]:

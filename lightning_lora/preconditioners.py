@@ -9,7 +9,7 @@ after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ from lightning_lora.schedule import Schedule
 Gradient = Literal["plain", "fa", "riemannian", "lora_pro"]
 _TINY = 1e-8  # added to A A^T and B^T B by LoRA-FA and LoRA-Pro, so that their inverses are finite
 _DAMPING = 1e-2  # added by PEFT's Riemannian optimizer
+
+
+def check_gradient(gradient: Gradient, freeze_A: bool) -> None:
+    """Check what LoRA says of its gradients.
+
+    Args:
+        gradient: Which of the functions.
+        freeze_A: Whether B is trained alone.
+
+    Raises:
+        ValueError: If there is none of the name, or it is for the other case.
+    """
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(get_args(Gradient))}")
+    if gradient == "fa" and not freeze_A:
+        raise ValueError("gradient='fa' is for a frozen A: use LoRAFA(gradient='fa'), or gradient='lora_pro'")
+    if gradient in _ON_BOTH and freeze_A:
+        raise ValueError(f"gradient={gradient!r} is for a trained A: with a frozen one use gradient='fa'")
 
 
 def inverse(gram: Tensor, damping: float) -> Tensor:

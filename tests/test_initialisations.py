@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,21 @@ import torch
 from conftest import Lit, loader
 from torch import Tensor, nn
 
-from lightning_lora import LoRA, LoRACallback, inject, load_adapter, merged, offline, save_adapter, sites, using
-from lightning_lora.initialisations import KEEPS_START, milora, olora, pissa
+from lightning_lora import (
+    DoRA,
+    LoRA,
+    LoRACallback,
+    LoRAFA,
+    inject,
+    load_adapter,
+    merged,
+    offline,
+    save_adapter,
+    sites,
+    start_from_data,
+    using,
+)
+from lightning_lora.initialisations import KEEPS_START, eva_ranks, lora_ga, milora, olora, pissa
 
 every_kept_start = pytest.mark.parametrize("init", ["pissa", "milora", "olora"])
 
@@ -318,3 +333,182 @@ def test_copies_keep_what_an_adapter_waits_for() -> None:
         model = Mlp()
     inject(model, LoRA(r=2, init="pissa"))
     assert all(site.adapter("default").waits_for_weight for site in sites(copy.deepcopy(model)))
+
+
+# ---- starts that look at data
+
+
+def batches(count: int = 3) -> list[Tensor]:
+    """Inputs that lie mostly in a few directions."""
+    mix = data(6, 6) * torch.tensor([5.0, 3.0, 1.0, 0.3, 0.1, 0.1], dtype=torch.float64)[:, None]
+    return [data(10 + i, 6) @ mix for i in range(count)]
+
+
+def squares(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda batch: model(batch).square().mean()
+
+
+def started(init: Any, method: Any = LoRA, count: int = 3, **fields: Any) -> Any:
+    model = mlp()
+    inject(model, method(r=2, alpha=6, init=init, **fields), seed=1)
+    assert start_from_data(model, batches(count), squares(model)) == []
+    return model
+
+
+def span(A: Tensor) -> Tensor:
+    return A.mT @ torch.linalg.pinv(A.mT)
+
+
+def test_eva_takes_the_leading_right_singular_vectors_of_the_inputs_and_zero() -> None:
+    model = started("eva")
+    adapter = sites(model)[0].adapter("default")
+    expected = torch.linalg.svd(torch.cat(batches()), full_matrices=False)[2][:2]
+    assert torch.allclose((adapter.lora_A @ expected.mT).abs(), torch.eye(2, dtype=torch.float64), atol=1e-9)
+    assert not adapter.lora_B.any()
+    hidden = torch.tanh(mlp().first(torch.cat(batches())))
+    second = sites(model)[1].adapter("default").lora_A
+    assert torch.allclose(span(second), span(torch.linalg.svd(hidden)[2][:2]), atol=1e-9)
+
+
+def test_lora_ga_takes_the_authors_singular_vectors_of_the_mean_gradient() -> None:
+    model, plain = started("lora_ga"), mlp()
+    torch.stack([squares(plain)(batch) for batch in batches()]).mean().backward()
+    for site, G in zip(sites(model), (plain.first.weight.grad, plain.second.weight.grad), strict=True):
+        adapter = site.adapter("default")
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        size = G.shape[0] ** 0.25 / 4
+        assert torch.allclose((adapter.lora_A @ Vh[:2].mT).abs(), size * torch.eye(2, dtype=torch.float64), atol=1e-8)
+        assert torch.allclose(
+            (U[:, 2:4].mT @ adapter.lora_B).abs(), size * torch.eye(2, dtype=torch.float64), atol=1e-8
+        )
+
+
+def test_lora_ga_of_a_stack_is_that_of_each_matrix() -> None:
+    gradient = data(3, 6, 5)
+    A, B = lora_ga(gradient, 2)
+    for i in range(3):
+        one = lora_ga(gradient[i], 2)
+        assert torch.allclose(A[i].abs(), one[0].abs(), atol=1e-9)
+        assert torch.allclose(B[i].abs(), one[1].abs(), atol=1e-9)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+@pytest.mark.parametrize("method", [LoRA, LoRAFA, DoRA])
+def test_a_model_started_from_data_is_its_base_bit_for_bit_and_the_rest_of_it_is_untouched(
+    init: Any, method: Any
+) -> None:
+    model, plain, x = mlp(), mlp(), data(3, 6)
+    inject(model, method(r=2, alpha=6, init=init), seed=1)
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    start_from_data(model, batches(), squares(model))
+    assert torch.equal(model(x), plain(x).detach())
+    for name, value in model.named_parameters():
+        assert value.requires_grad == before[name][1]
+        assert value.grad is None
+        assert "lora" in name or torch.equal(value, before[name][0])
+    assert not torch.equal(sites(model)[0].adapter("default").lora_A, before["first.adapters.weight.default.lora_A"][0])
+
+
+def test_no_more_batches_than_asked_for_are_used() -> None:
+    for init in ("eva", "lora_ga"):
+        few, more = started(init, count=2), started(init, count=4, init_batches=2)
+        for one, other in zip(sites(few), sites(more), strict=True):
+            assert torch.equal(one.adapter("default").lora_A, other.adapter("default").lora_A)
+
+
+def test_eva_gives_the_budget_to_the_largest_shares_and_at_least_one_rank_to_each() -> None:
+    shares = {"a": torch.tensor([0.5, 0.3, 0.15, 0.05]), "b": torch.tensor([0.9, 0.02]), "c": torch.tensor([0.3, 0.2])}
+    assert eva_ranks(shares, 6) == {"a": 3, "b": 1, "c": 2}
+    assert eva_ranks(shares, 3) == {"a": 1, "b": 1, "c": 1}
+    assert sum(eva_ranks(shares, 8).values()) == 8
+
+
+@pytest.mark.parametrize("scaling", ["linear", "rsqrt"])
+def test_redistributed_ranks_keep_the_budget_the_bound_and_the_scale(scaling: Any) -> None:
+    model = mlp()
+    inject(model, LoRA(r=2, alpha=6, init="eva", rank_spread=2.0, scaling=scaling))
+    start_from_data(model, [batch * torch.tensor([9.0, *[0.1] * 5]) for batch in batches()], squares(model))
+    methods = [site.adapter("default").method for site in sites(model)]
+    assert sum(method.r for method in methods) == 4
+    assert all(1 <= method.r <= 4 for method in methods)
+    assert len({method.r for method in methods}) == 2
+    for site, other in zip(sites(model), sites(adapted("eva", scaling=scaling)), strict=True):
+        assert site.adapter("default").scaling == pytest.approx(other.adapter("default").scaling, rel=1e-12)
+        assert site.adapter("default").lora_A.shape[0] == site.adapter("default").method.r
+
+
+def test_matrices_whose_inputs_cannot_be_seen_keep_loras_own_start_and_are_named() -> None:
+    model, other = (nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5)) for _ in range(2))
+    inject(model, LoRA(r=2, init="eva"), ["0", "1"], seed=1)
+    inject(other, LoRA(r=2), ["0", "1"], seed=1)
+    index = torch.arange(9)
+    assert start_from_data(model, [index], squares(model)) == ["0.weight"]
+    (one, _), (same, _) = sites(model), sites(other)
+    assert torch.equal(one.adapter("default").lora_A, same.adapter("default").lora_A)
+
+
+def test_two_processes_get_the_start_of_all_their_batches_and_the_same_one(tmp_path: Path) -> None:
+    from data_start_processes import data as all_batches
+    from data_start_processes import started as in_one_process
+
+    script = Path(__file__).with_name("data_start_processes.py")
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
+    for init in ("eva", "lora_ga"):
+        one, other = (torch.load(tmp_path / f"{init}-{rank}.pt") for rank in range(2))
+        whole = in_one_process(init, all_batches())
+        assert one.keys() == other.keys() == whole.keys()
+        for name, value in whole.items():
+            assert torch.equal(one[name], other[name])
+            assert one[name].shape == value.shape
+            assert torch.allclose(one[name].abs(), value.abs(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(r=1, init="eva", init_batches=2),
+        LoRA(r=2, init="eva", rank_spread=2.0),
+        LoRA(r=1, init="lora_ga", scaling="rsqrt"),
+        LoRAFA(r=2, init="eva", gradient="fa"),
+    ],
+    ids=["eva", "eva with other ranks", "lora_ga", "lora_fa from eva"],
+)
+def test_a_trainer_starts_from_its_training_data_and_a_resumed_run_is_the_uninterrupted_one(
+    method: LoRA, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    by_hand, modules = Lit(), [Lit(), Lit(), Lit()]
+    inject(by_hand, method, seed=0)
+    start_from_data(by_hand, loader(), by_hand.loss)
+    seen: list[dict[str, Tensor]] = []
+
+    class Seen(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    whole, half, rest = (trainer(callbacks=[LoRACallback(method), Seen()], max_epochs=n) for n in (2, 1, 2))
+    whole.fit(modules[0], loader())
+    assert seen[0].keys() == by_hand.state_dict().keys()
+    for name, value in by_hand.state_dict().items():
+        assert torch.allclose(seen[0][name], value, atol=1e-6), name
+    assert len(modules[0].losses) == 8 + min(4, method.init_batches)
+    half.fit(modules[1], loader())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    rest.fit(modules[2], loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert len(modules[2].losses) == 4
+    one, other = modules[0].state_dict(), modules[2].state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_eva_lets_a_frozen_A_reach_most_of_the_gradient() -> None:
+    X, reached = torch.cat(batches()), {}
+    G = data(len(X), 5).mT @ X  # of a linear layer whose outputs have any gradient
+    for init in ("kaiming", "eva"):
+        model = nn.Sequential(nn.Linear(6, 5, dtype=torch.float64))
+        [site] = inject(model, LoRAFA(r=2, init=init), seed=1)
+        if init == "eva":
+            start_from_data(model, batches(), squares(model))
+        A = site.adapter("default").lora_A.detach()
+        reached[init] = float((G @ span(A)).norm() / G.norm())
+    assert reached["eva"] > 0.95
+    assert reached["kaiming"] < 0.8

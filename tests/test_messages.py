@@ -98,6 +98,7 @@ from lightning_lora import (
     remove,
     save_adapter,
     sites,
+    start_from_data,
     truncate_,
     use,
 )
@@ -130,21 +131,6 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "lora_bias=True is not supported, because it computes something else than plain LoRA: merge it into the "
         "base with PEFT": lambda: LoRA.from_peft({"peft_type": "LORA", "lora_bias": True}),
-        "init='svd': must be one of kaiming, gaussian, orthogonal, pissa, milora, olora": (
-            lambda: LoRA(init="svd")  # type: ignore[arg-type]
-        ),
-        "gradient='newton': must be one of plain, fa, riemannian, lora_pro": (
-            lambda: LoRA(gradient="newton")  # type: ignore[arg-type]
-        ),
-        "gradient='fa' is for a frozen A: use LoRAFA(gradient='fa'), or gradient='lora_pro'": (
-            lambda: LoRA(gradient="fa")
-        ),
-        "gradient='lora_pro' is for a trained A: with a frozen one use gradient='fa'": (
-            lambda: LoRAFA(gradient="lora_pro")
-        ),
-        "r=3: init='orthogonal' gives half of the rank to each factor: use an even r": (
-            lambda: LoRA(r=3, init="orthogonal")
-        ),
         "init_lora_weights='pissa' changed the base's weights too: convert it to plain LoRA with PEFT's "
         "save_pretrained(..., path_initial_model_for_weight_conversion=...)": (
             lambda: LoRA.from_peft({"peft_type": "LORA", "init_lora_weights": "pissa"})
@@ -203,7 +189,46 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "warmup=-1: must be a whole number of at least 0": lambda: ReLoRA(warmup=-1),
         "prune=2: must be from 0 to 1, such as prune=0.99": lambda: ReLoRA(prune=2),
     },
+    ("preconditioners", ValueError): {
+        "gradient='newton': must be one of plain, fa, riemannian, lora_pro": (
+            lambda: LoRA(gradient="newton")  # type: ignore[arg-type]
+        ),
+        "gradient='fa' is for a frozen A: use LoRAFA(gradient='fa'), or gradient='lora_pro'": (
+            lambda: LoRA(gradient="fa")
+        ),
+        "gradient='lora_pro' is for a trained A: with a frozen one use gradient='fa'": (
+            lambda: LoRAFA(gradient="lora_pro")
+        ),
+    },
+    ("data_starts", ValueError): {
+        "the adapters of task 'default' do not start from data: inject LoRA(init='eva') or LoRA(init='lora_ga')": (
+            lambda: start_from_data(adapted(), [])
+        ),
+        "first.weight: init='lora_ga' takes the gradient of the weight, and this one is packed or computed: use "
+        "init='eva', or leave it out with exclude_modules": (
+            lambda: start_from_data(
+                adapted(net(first=parametrizations.spectral_norm(nn.Linear(4, 8))), LoRA(r=1, init="lora_ga")), [], abs
+            )
+        ),
+    },
+    ("callbacks/data_starts", UserWarning): {
+        "1 matrices keep LoRA's own start (first: net.idle.weight), because the batches did not reach them, or "
+        "init='eva' cannot see what goes into them": lambda: fit(Idle(), method=LoRA(r=1, init="eva"), audit=False),
+    },
     ("initialisations", ValueError): {
+        "init='svd': must be one of kaiming, gaussian, orthogonal, pissa, milora, olora, eva, lora_ga": (
+            lambda: LoRA(init="svd")  # type: ignore[arg-type]
+        ),
+        "r=3: init='orthogonal' gives half of the rank to each factor: use an even r": (
+            lambda: LoRA(r=3, init="orthogonal")
+        ),
+        "init_batches=0: must be a whole number of at least 1, for example init_batches=8": (
+            lambda: LoRA(init="eva", init_batches=0)
+        ),
+        "rank_spread=0.5: must be a finite number of at least 1, at which no rank changes": (
+            lambda: LoRA(init="eva", rank_spread=0.5)
+        ),
+        "rank_spread=2 is for init='eva', which has measures of directions to go by": lambda: LoRA(rank_spread=2),
         "first.weight: r=5: init='pissa' takes 5 directions of a matrix, and this one is 8 x 4: give it a smaller rank "
         "by rank_pattern, or leave it out with exclude_modules": lambda: inject(net(), LoRA(r=5, init="pissa")),
     },

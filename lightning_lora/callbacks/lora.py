@@ -25,6 +25,7 @@ from lightning_lora.callbacks.averaging import (
     leave_frozen_weights,
 )
 from lightning_lora.callbacks.conflicts import check_conflicts
+from lightning_lora.callbacks.data_starts import start_when_restored
 from lightning_lora.callbacks.dropping import check_droppable, drop_if_due
 from lightning_lora.callbacks.guards import (
     check_connected,
@@ -174,6 +175,9 @@ class LoRACallback(Callback):
             tied = tied_to_frozen(pl_module)
             if tied is not None:
                 rank_zero_warn(tied)
+            if stage == "fit":
+                copied = bool(averaging_callbacks(trainer))
+                self._undo.append(start_when_restored(trainer, pl_module, self.method, now=copied))
             rank_zero_info(f"{table(self._found)}\n{totals(pl_module)}")
             for doubt in self.method.doubts(self.lr_ratio):
                 rank_zero_warn(doubt)

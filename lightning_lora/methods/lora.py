@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from lightning_lora.initialisations import (
     FROM_WEIGHT,
     KEEPS_START,
     Initialisation,
+    check_init,
     check_rank,
     doubled,
     halved,
@@ -37,7 +38,7 @@ from lightning_lora.initialisations import (
 )
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
-from lightning_lora.preconditioners import Gradient, Preconditioner
+from lightning_lora.preconditioners import Gradient, Preconditioner, check_gradient
 from lightning_lora.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ class LoRA(Method):
         scaling: ``linear`` divides alpha by r, as in the paper; ``rsqrt`` divides it by the root of r, which keeps the
             change's size as the rank grows (rsLoRA, Kalajdzievski, 2023, arXiv:2312.03732).
         init: How the factors start: see ``initialisations``. Those that the papers subtract from the base (``pissa``,
-            ``milora``, ``olora``) leave it as it is here: the adapter adds ``B A`` minus what that was at the start.
+            ``milora``, ``olora``, ``lora_ga``) leave it as it is here: the adapter adds ``B A`` minus what that was at
+            the start. ``eva`` and ``lora_ga`` look at data: a Trainer's, or what ``start_from_data`` is given.
+        init_batches: How many batches of the training data they look at.
+        rank_spread: With ``eva``, up to how many times its rank a matrix may get, at the cost of others (the paper's
+            rho); at 1 no rank changes.
         gradient: How the gradients of A and B are changed before each step: see ``preconditioners``; ``fa`` goes with a
             frozen A only, the others with a trained one.
         freeze_A: Whether ``lora_A`` stays as it starts (LoRA-FA).
@@ -83,6 +88,8 @@ class LoRA(Method):
     dropout: float = 0.0
     scaling: Literal["linear", "rsqrt"] = "linear"
     init: Initialisation = "kaiming"
+    init_batches: int = 8
+    rank_spread: float = 1.0
     gradient: Gradient = "plain"
     freeze_A: bool = False
 
@@ -97,16 +104,13 @@ class LoRA(Method):
             raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
         if self.scaling not in ("linear", "rsqrt"):
             raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
-        if self.init not in get_args(Initialisation):
-            raise ValueError(f"init={self.init!r}: must be one of {', '.join(get_args(Initialisation))}")
-        if self.init == "orthogonal" and self.r % 2:
-            raise ValueError(f"r={self.r}: init='orthogonal' gives half of the rank to each factor: use an even r")
-        if self.gradient not in get_args(Gradient):
-            raise ValueError(f"gradient={self.gradient!r}: must be one of {', '.join(get_args(Gradient))}")
-        if self.gradient == "fa" and not self.freeze_A:
-            raise ValueError("gradient='fa' is for a frozen A: use LoRAFA(gradient='fa'), or gradient='lora_pro'")
-        if self.gradient in ("riemannian", "lora_pro") and self.freeze_A:
-            raise ValueError(f"gradient={self.gradient!r} is for a trained A: with a frozen one use gradient='fa'")
+        check_init(self.init, self.r, self.init_batches, self.rank_spread)
+        check_gradient(self.gradient, self.freeze_A)
+
+    @property
+    def restructures(self) -> bool:  # type: ignore[override]
+        """Whether the start gives matrices other ranks."""
+        return self.rank_spread != 1
 
     def build(
         self,
@@ -117,11 +121,7 @@ class LoRA(Method):
         dtype: torch.dtype,
         layout: Layout | None = None,
     ) -> Adapter:
-        """Create the adapter of one (out, in) matrix, or of a stack of them.
-
-        Raises:
-            ValueError: If the matrix has fewer directions than its initialisation takes.
-        """
+        """Create the adapter of one (out, in) matrix, or of a stack of them, with all the directions that it takes."""
         return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
 
     def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:

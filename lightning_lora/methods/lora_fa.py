@@ -12,7 +12,8 @@ r"""LoRA-FA (Zhang et al., 2023, arXiv:2308.03303): LoRA with A frozen.
 
 The gradient of ``lora_B`` needs ``x @ lora_A.T`` (..., r) and not ``x`` (..., in), so a layer keeps next to nothing for
 the backward pass, and A has no optimizer state. In return what the change can be is bounded: of the change ``D`` that
-would be best, ``D (I - P_A)`` is out of reach, where ``P_A`` projects on the rows of A.
+would be best, ``D (I - P_A)`` is out of reach, where ``P_A`` projects on the rows of A. ``LoRAFA(init="eva")`` puts
+these where the inputs are large, so that less is lost.
 """
 
 from __future__ import annotations
