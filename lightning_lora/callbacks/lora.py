@@ -296,7 +296,7 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what schedules have to say, judge the first batch that had a backward, and drop adapters where it is time."""
+        """Log what schedules say, judge the first batch that had a backward, and drop adapters when it is time."""
         for schedule in self._schedules:
             pl_module.log_dict(schedule.metrics())
         if self._audit is not None and self._audit.backward_ran:

@@ -67,7 +67,6 @@ class LoRADrop(LoRA):
         ValueError: If a value is out of its range.
     """
 
-    restructures: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "magnitude": "shared low-rank pair with per-layer magnitudes is ambiguous",
     }
@@ -101,6 +100,11 @@ class LoRADrop(LoRA):
     def needs_total_steps(self) -> bool:  # type: ignore[override]
         """Whether the sample is a share of the run."""
         return self.sample_steps is None
+
+    @property
+    def restructures(self) -> bool:  # type: ignore[override]
+        """Whether training takes adapters away: it does."""
+        return True
 
     @property
     def freezes_shared(self) -> bool:  # type: ignore[override]
