@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import lightning.pytorch as L
 import pytest
 import torch
-from conftest import Net
+from conftest import Lit, Net, loader
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -157,9 +158,9 @@ def test_a_pair_that_goes_starts_as_the_base_trains_merges_and_is_saved_whole(pa
     assert torch.allclose(outputs(merge_(twin)), after, rtol=0, atol=1e-6)
 
 
-def test_lora_plus_and_a_start_that_is_not_zero_go_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match="LoRA\\+ is derived for a B that starts at zero"):
-        LoRACallback(LoRA(init="pissa"), lr_ratio=16)
+def test_lora_plus_and_a_start_that_is_not_zero_go_with_a_warning(trainer: Callable[..., L.Trainer]) -> None:
+    with pytest.warns(UserWarning, match=r"LoRA\+ is derived for a B that starts at zero"):
+        trainer(max_epochs=1, callbacks=[LoRACallback(LoRA(r=2, init="pissa"), lr_ratio=16)]).fit(Lit(), loader(1))
 
 
 def reasons() -> dict[int, str]:
@@ -172,11 +173,9 @@ def reasons() -> dict[int, str]:
     ("number", "make"), [(number, make) for number, cases in NO.items() for make in cases], ids=lambda one: str(one)[:3]
 )
 def test_a_pair_that_does_not_go_raises_with_the_reason_on_the_page(number: int, make: Callable[[], object]) -> None:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011
+    with pytest.raises(ValueError) as raised:
         make()
-    said = str(raised.value).rpartition("): ")[2].partition("lr_ratio=16: ")
-    start = (said[2] or said[0])[:40].casefold()
-    assert reasons()[number].casefold().startswith(start)
+    assert reasons()[number][:40].rstrip(".").casefold() in str(raised.value).casefold()
 
 
 def test_every_reason_of_the_page_is_tried_but_that_of_two_values_for_one_field() -> None:

@@ -72,6 +72,14 @@ class AdaLoRA(Method):
     """
 
     needs_total_steps: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, str]] = {
+        "magnitude": "no paper defines magnitudes under triplet pruning",
+        "freeze_A": "AdaLoRA needs a trainable Q for its orthogonality and importance",
+        "init": "masking a triplet initialised from W would delete a part of the pretrained weight, and EVA would be a "
+        "second one of two rank allocators on one budget",
+        "threshold": "two rank allocators on one budget",
+        "update_ratio": "masking makes P Lambda Q jump; Delta-LoRA would copy the jump into W",
+    }
 
     r: int = 12
     target_r: int = 8

@@ -54,6 +54,10 @@ class DeltaLoRA(LoRA):
     """
 
     averageable: ClassVar[Literal["all", "trained", "nothing"]] = "trained"  # the copy comes all at once
+    refused: ClassVar[Mapping[str, str]] = {
+        "magnitude": "Delta-LoRA adds the low-rank increment to W, DoRA renormalises W: the increment is not defined",
+        "threshold": "one shared increment would be added to several W",
+    }
     update_ratio: float = 2.0
     start_step: int = 500
 

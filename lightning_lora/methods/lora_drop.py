@@ -18,22 +18,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lightning_lora.layout import whole_number
-from lightning_lora.methods.lora import LoRA
+import torch
+
+from lightning_lora.adapter import Adapter
+from lightning_lora.initialisations import KEEPS_START
+from lightning_lora.layout import Layout, whole_number
+from lightning_lora.methods.dora import DoRAAdapter
+from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
 
 if TYPE_CHECKING:
     from lightning_lora.sites import Site
 
 Rest = Literal["shared", "shared_frozen", "none"]
-_PRINCIPAL = "shared adapter cannot equal each layer's principal part: the base residuals differ"
-_REFUSED_INITS = {
-    "pissa": _PRINCIPAL,
-    "milora": _PRINCIPAL,
-    "olora": _PRINCIPAL,
-    "lora_ga": _PRINCIPAL,
-    "eva": "two rank allocators on one budget",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +59,15 @@ class LoRADrop(LoRA):
         reinit: Whether adapters start anew in the second phase, from the values of the first step and without the
             optimizer's moments, or go on as they are. What is shared and trained starts anew in any case: the change
             that one matrix learned is none of the others'.
+        magnitude: Whether adapters are DoRA's, with a trained magnitude for each output unit.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     refused: ClassVar[Mapping[str, str]] = {
-        "magnitude": "shared low-rank pair with per-layer magnitudes is ambiguous",
+        "target_r": "two rank allocators on one budget",
+        "update_ratio": "one shared increment would be added to several W",
     }
 
     sample_ratio: float = 0.1
@@ -77,12 +76,17 @@ class LoRADrop(LoRA):
     top_n: int | None = None
     rest: Rest = "shared"
     reinit: bool = True
+    magnitude: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        reason = _REFUSED_INITS.get(self.init)
-        if reason is not None:
-            raise ValueError(f"init={self.init!r}: {reason}: use init='kaiming'")
+        if self.init in KEEPS_START:
+            raise ValueError(
+                f"init={self.init!r}: a shared adapter cannot equal each layer's principal part: the base residuals "
+                "differ: use init='kaiming'"
+            )
+        if self.rank_spread != 1:
+            raise ValueError(f"rank_spread={self.rank_spread:g}: two rank allocators on one budget: use rank_spread=1")
         if not (isinstance(self.sample_ratio, int | float) and 0 < self.sample_ratio < 1):
             raise ValueError(
                 f"sample_ratio={self.sample_ratio!r}: must be above 0 and below 1, for example sample_ratio=0.1"
@@ -95,6 +99,28 @@ class LoRADrop(LoRA):
             raise ValueError(f"threshold={self.threshold!r}: must be above 0 and at most 1, for example threshold=0.9")
         if self.rest not in ("shared", "shared_frozen", "none"):
             raise ValueError(f"rest={self.rest!r}: must be 'shared', 'shared_frozen' or 'none'")
+        if self.magnitude and self.rest != "none":
+            raise ValueError(
+                f"magnitude=True with rest={self.rest!r}: a shared low-rank pair with per-layer magnitudes is "
+                "ambiguous: use rest='none'"
+            )
+
+    def build(
+        self,
+        shape: tuple[int, ...],
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: Layout | None = None,
+    ) -> Adapter:
+        """Create the adapter of one (out, in) matrix, or of a stack of them."""
+        kind = DoRAAdapter if self.magnitude else LoRAAdapter
+        return kind(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+
+    def peft_config(self) -> dict[str, Any] | None:
+        """Return PEFT's names for these fields."""
+        return {**(super().peft_config() or {}), **({"use_dora": True} if self.magnitude else {})}
 
     @property
     def needs_total_steps(self) -> bool:  # type: ignore[override]

@@ -57,6 +57,9 @@ class VeRA(Method):
         "init": "VeRA's projections are shared and random by definition",
         "freeze_A": "VeRA already freezes A and B",
         "gradient": "VeRA already freezes A and B",
+        "target_r": "VeRA has no per-layer rank",
+        "threshold": "importance and sharing of d and b are not defined by either paper",
+        "update_ratio": "Delta-LoRA's increment is defined for B A",
     }
     r: int = 256
     d_init: float = 0.1
