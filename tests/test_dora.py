@@ -517,7 +517,9 @@ def test_the_norm_stays_exact_where_the_change_cancels_the_weight() -> None:
 
 @exactly_or_not
 def test_the_norm_is_not_rounded_under_autocast(detach_norm: bool) -> None:
-    adapter, weight = one(detach_norm=detach_norm).float(), weight_of().float()
+    method, weight = DoRA(r=2, detach_norm=detach_norm), weight_of().float()
+    adapter: Any = method.build((6, 5), seed=1, device=torch.device("cpu"), dtype=torch.float32)
+    nn.init.normal_(adapter.lora_B)
     expected = adapter.gain(weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(adapter.gain(weight), expected)
