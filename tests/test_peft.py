@@ -498,7 +498,7 @@ def test_variants_that_compute_something_else_are_refused(options: dict[str, Any
 def test_other_kinds_of_peft_adapters_are_refused(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(base(CASES["mlp"]), peft.IA3Config(target_modules=["head"], feedforward_modules=[]))
     theirs.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="peft_type='IA3' is not supported; known: LORA"):
+    with pytest.raises(AdapterError, match="peft_type='IA3' is not supported; known: "):
         load_adapter(base(CASES["mlp"]), tmp_path / "adapter")
 
 
