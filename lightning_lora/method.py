@@ -28,7 +28,7 @@ class Method(ABC):
     alpha: float
     needs_total_steps: ClassVar[bool] = False
     refused: ClassVar[Mapping[str, str]] = {}  # options of other methods that cannot go with this one, and why
-    restructures: bool = False  # whether training changes ranks, or which matrices have adapters of their own
+    restructures: ClassVar[bool] = False  # whether training changes ranks, or which matrices have adapters of their own
 
     freezes_shared: ClassVar[bool] = False  # whether an adapter that several matrices share is not trained
 

@@ -72,6 +72,12 @@ class AdaLoRA(Method):
     """
 
     needs_total_steps: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, str]] = {
+        "init": "masking a triplet initialised from W would delete part of the pretrained weight, and EVA would be a "
+        "second rank allocator on one budget",
+        "freeze_A": "AdaLoRA needs trainable Q for its orthogonality and importance",
+        "gradient": "AdaLoRA's importance is made of the plain gradients",
+    }
 
     r: int = 12
     target_r: int = 8

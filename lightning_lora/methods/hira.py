@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.initialisations import KEEPS_START
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 
@@ -37,6 +38,9 @@ class HiRA(LoRA):
         ValueError: If a value is out of its range.
     """
 
+    refused_inits: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        KEEPS_START, "HiRA's product multiplies the weight, and this start is a part of it"
+    )
     r: int = 32
     alpha: float = 32.0
 

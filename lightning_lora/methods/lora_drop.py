@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lightning_lora.initialisations import KEEPS_START
 from lightning_lora.layout import whole_number
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.schedule import Schedule
@@ -57,6 +58,9 @@ class LoRADrop(LoRA):
     """
 
     restructures: ClassVar[bool] = True
+    refused_inits: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        KEEPS_START, "shared adapter cannot equal each layer's principal part: the base residuals differ"
+    )
     refused: ClassVar[Mapping[str, str]] = {
         "magnitude": "shared low-rank pair with per-layer magnitudes is ambiguous",
     }
@@ -80,6 +84,8 @@ class LoRADrop(LoRA):
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least 1, for example {name}=8")
         if not (isinstance(self.threshold, int | float) and 0 < self.threshold <= 1):
             raise ValueError(f"threshold={self.threshold!r}: must be above 0 and at most 1, for example threshold=0.9")
+        if self.rank_spread != 1:
+            raise ValueError(f"rank_spread={self.rank_spread:g}: two rank allocators on one budget")
         if self.rest not in ("shared", "shared_frozen", "none"):
             raise ValueError(f"rest={self.rest!r}: must be 'shared', 'shared_frozen' or 'none'")
 
