@@ -17,20 +17,22 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapter import Adapter, Role
 from lightning_lora.method import Method
+from lightning_lora.sites import sites
 
 PARENT = "lora_parent"
 ROLE = "lora_role"
+RATIO = "lora_ratio"
 INDEX = "lora_index"  # where the parameters stood in the parent, so that a split can be undone
 _PLAN = "lora_plan"
 _SCALED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-_OWN = ("params", "param_names", "name", PARENT, ROLE, INDEX, *_SCALED)
+_OWN = ("params", "param_names", "name", PARENT, ROLE, RATIO, INDEX, *_SCALED)
+LR_EMBEDDING = 1e-6  # of LoRA+'s released code
 
 
 class _Plan(NamedTuple):
     """How the derived groups of an optimizer differ from their parents."""
 
-    lr_ratio: float
-    weight_decay: Mapping[Role, float]
+    weight_decay: Mapping[str, float]
 
 
 def roles(model: nn.Module) -> dict[Tensor, Role]:
@@ -43,9 +45,30 @@ def roles(model: nn.Module) -> dict[Tensor, Role]:
     return found
 
 
+def official_roles(model: nn.Module) -> dict[Tensor, str]:
+    """Return the group that LoRA+'s released code gives a parameter, where that is not the one at the base rate.
+
+    ``embedding`` are both factors where rows are looked up. ``B`` is what has the ratio: every B and every vector, such
+    as biases of a head and magnitudes; of these, biases and layer norms have no weight decay (``B_no_decay``).
+
+    Args:
+        model: The adapted model.
+    """
+    norms = {p for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    looked_up = {p for s in sites(model) if s.slot.layout.looked_up for p in s.slot.parameters()}
+    role_of = roles(model)
+    found: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter in looked_up:
+            found[parameter] = "embedding"
+        elif role_of.get(parameter) == "B" or parameter.dim() == 1:
+            found[parameter] = "B_no_decay" if "bias" in name or parameter in norms else "B"
+    return found
+
+
 def group_name(role: str) -> str:
     """Return a role's name in a group, as learning-rate monitors show it."""
-    return f"lora_{role}" if role in ("A", "B") else role
+    return f"lora_{role}" if role in ("A", "B", "B_no_decay") else role
 
 
 def check_ratio(lr_ratio: float, methods: Iterable[Method] = ()) -> None:
@@ -67,7 +90,13 @@ def check_ratio(lr_ratio: float, methods: Iterable[Method] = ()) -> None:
 
 
 def split(
-    model: nn.Module, optimizer: Optimizer, lr_ratio: float = 1.0, role_weight_decay: Mapping[Role, float] | None = None
+    model: nn.Module,
+    optimizer: Optimizer,
+    lr_ratio: float = 1.0,
+    role_weight_decay: Mapping[Role, float] | None = None,
+    *,
+    official_grouping: bool = False,
+    lr_embedding: float = LR_EMBEDDING,
 ) -> None:
     """Move parameters whose role has its own learning rate or weight decay into derived groups, in place.
 
@@ -78,13 +107,15 @@ def split(
         optimizer: Any optimizer with param groups.
         lr_ratio: Learning rate of B divided by that of its group.
         role_weight_decay: Weight decay by role.
+        official_grouping: Group as LoRA+'s released code does (``official_roles``).
+        lr_embedding: Learning rate of embeddings' adapters there, beside the rate that a group has now.
 
     Raises:
         ValueError: If the optimizer cannot have several groups.
     """
     check_ratio(lr_ratio)
-    plan = _Plan(lr_ratio, dict(role_weight_decay or {}))
-    special = set(plan.weight_decay) | ({"B"} if lr_ratio != 1 else set())
+    plan = _Plan({**({"B_no_decay": 0.0} if official_grouping else {}), **dict(role_weight_decay or {})})  # type: ignore[dict-item]
+    special = {*plan.weight_decay, *(("B",) if lr_ratio != 1 else ()), *(("embedding",) if official_grouping else ())}
     has_hooks = hasattr(optimizer, "register_step_pre_hook")
     one_group = isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__name__ == "ZeroRedundancyOptimizer"
     if special and (one_group or not has_hooks):
@@ -94,17 +125,20 @@ def split(
             f"weight_decay={plan.weight_decay})"
         )
     join_groups(optimizer.param_groups)
-    role_of = roles(model)
+    role_of: Mapping[Tensor, str] = official_roles(model) if official_grouping else roles(model)
     layout: list[dict[str, Any]] = []
     for parent, group in enumerate(optimizer.param_groups):
-        by_role: dict[Role, list[int]] = {}
+        by_role: dict[str, list[int]] = {}
         for i, parameter in enumerate(group["params"]):
             role = role_of.get(parameter)
             if role is not None and role in special:
                 by_role.setdefault(role, []).append(i)
         for role, index in by_role.items():
             name = f"{group.get('name', f'pg{parent + 1}')}.{group_name(role)}"
-            layout.append({"name": name, PARENT: parent, ROLE: role, INDEX: index})
+            ratio = lr_ratio if role in ("B", "B_no_decay") else 1.0
+            if role == "embedding":
+                ratio = lr_embedding / float(group.get("initial_lr", group["lr"]))
+            layout.append({"name": name, PARENT: parent, ROLE: role, RATIO: ratio, INDEX: index})
     _divide(optimizer.param_groups, layout)
     if has_hooks and not hasattr(optimizer, _PLAN):
         optimizer.register_step_pre_hook(_follow)
@@ -150,13 +184,12 @@ def _hidden(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _follow(optimizer: Optimizer, *_: Any) -> None:
-    """Set every derived group from its parent; B's learning rates are ``lr_ratio`` times the parent's."""
+    """Set every derived group from its parent; its learning rates are the parent's times its ratio."""
     plan: _Plan = getattr(optimizer, _PLAN)
     for group in optimizer.param_groups:
         if PARENT not in group:
             continue
-        role = group[ROLE]
-        ratio = plan.lr_ratio if role == "B" else 1.0
+        role, ratio = group[ROLE], group[RATIO]
         for key, value in optimizer.param_groups[group[PARENT]].items():
             if key in _SCALED:
                 group[key] = value * ratio if isinstance(value, int | float | Tensor) else value
@@ -210,7 +243,7 @@ def _relayout(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             f"the saved state of {type(optimizer).__name__} has groups of {saved} parameters, but this run's "
             f"configure_optimizers made groups of {sizes}: build the groups that the checkpoint was written with"
         )
-    _divide(groups, [{key: group[key] for key in ("name", PARENT, ROLE, INDEX)} for group in layout])
+    _divide(groups, [{key: group[key] for key in ("name", PARENT, ROLE, RATIO, INDEX)} for group in layout])
     return {**state, "param_groups": groups}
 
 

@@ -186,7 +186,7 @@ def eva_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     return ranks
 
 
-def check_init(init: Initialisation, r: int, batches: int, spread: float) -> None:
+def check_init(init: Initialisation, r: int, batches: int, spread: float, refused: Mapping[str, str]) -> None:
     """Check what LoRA says of its start.
 
     Args:
@@ -194,12 +194,15 @@ def check_init(init: Initialisation, r: int, batches: int, spread: float) -> Non
         r: Rank.
         batches: Number of batches that a start from data takes.
         spread: How many times its own rank a matrix may get.
+        refused: Initialisations that the method cannot have, and why.
 
     Raises:
         ValueError: If a value is out of its range.
     """
     if init not in get_args(Initialisation):
         raise ValueError(f"init={init!r}: must be one of {', '.join(get_args(Initialisation))}")
+    if init in refused:
+        raise ValueError(f"init={init!r}: {refused[init]}")
     if init == "orthogonal" and r % 2:
         raise ValueError(f"r={r}: init='orthogonal' gives half of the rank to each factor: use an even r")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapter import Role
-from lightning_lora.derived_groups import check_ratio, group_name, join_groups, keep, roles
+from lightning_lora.derived_groups import (
+    LR_EMBEDDING,
+    check_ratio,
+    group_name,
+    join_groups,
+    keep,
+    official_roles,
+    roles,
+)
 from lightning_lora.sites import clean, sites
 
 
@@ -30,6 +38,8 @@ def param_groups(
     lr_ratio: float = 1.0,
     weight_decay: float = 0.0,
     role_weight_decay: Mapping[Role, float] | None = None,
+    official_grouping: bool = False,
+    lr_embedding: float = LR_EMBEDDING,
 ) -> list[dict[str, Any]]:
     """Return groups for an optimizer built by hand: one per role, and one for what is trained in full.
 
@@ -39,25 +49,29 @@ def param_groups(
         lr_ratio: Learning rate of B divided by ``lr``.
         weight_decay: Weight decay where ``role_weight_decay`` says nothing.
         role_weight_decay: Weight decay by role, such as ``{"B": 0.0}``.
+        official_grouping: Group as LoRA+'s released code does: every vector has B's rate, biases and layer norms no
+            weight decay, and embeddings' adapters ``lr_embedding``.
+        lr_embedding: That rate.
 
     Raises:
         ValueError: If nothing is trainable, or the ratio does not go with the method.
     """
     check_ratio(lr_ratio, {adapter.method for site in sites(model) for adapter in site.slot.values()})  # type: ignore[misc]
-    role_of = roles(model)
+    role_of: Mapping[Tensor, str] = official_roles(model) if official_grouping else roles(model)
+    decay: dict[str, float] = {**({"B_no_decay": 0.0} if official_grouping else {}), **dict(role_weight_decay or {})}  # type: ignore[dict-item]
     members: dict[str, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             members.setdefault(role_of.get(parameter, "trained_in_full"), []).append(parameter)
     if not members:
         raise ValueError("no parameter requires a gradient: call inject(model, ...) before param_groups(model, ...)")
-    decay = role_weight_decay or {}
+    rates = {"B": lr * lr_ratio, "B_no_decay": lr * lr_ratio, "embedding": lr_embedding}
     return [
         {
             "params": parameters,
             "name": group_name(role),
-            "lr": lr * lr_ratio if role == "B" else lr,
-            "weight_decay": decay.get(role, weight_decay),  # type: ignore[call-overload]
+            "lr": rates.get(role, lr),
+            "weight_decay": decay.get(role, weight_decay),
         }
         for role, parameters in members.items()
     ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, lr_scheduler
 
 from lightning_lora import LoRA, LoRACallback, inject, param_groups, sites
-from lightning_lora.derived_groups import roles
+from lightning_lora.derived_groups import link, roles, split
 
 RATIO = 16.0
 METHOD = LoRA(r=2, alpha=4)
@@ -815,3 +815,94 @@ def test_every_known_role_of_an_adapted_model_is_found() -> None:
     by_role = roles(module)
     assert len(by_role) == 2 * len(sites(module))
     assert {id(p) for p, role in by_role.items() if role == "B"} == {id(p) for p in factors(module, "lora_B")}
+
+
+# ---- LoRA+: its groups, and what they do
+
+
+def with_head_and_embedding() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    inject(model, LoRA(r=2), ["0", "1"], modules_to_save=["2", "3"], seed=1)
+    return model
+
+
+OFFICIAL = {
+    "lora_A": (["1.adapters.weight.default.lora_A", "3.weight"], 2e-4, 0.1),
+    "embedding": (["0.adapters.weight.default.lora_A", "0.adapters.weight.default.lora_B"], 1e-6, 0.1),
+    "lora_B": (["1.adapters.weight.default.lora_B"], 2e-3, 0.1),
+    "lora_B_no_decay": (["2.bias", "2.weight", "3.bias"], 2e-3, 0.0),
+}
+
+
+def found_groups(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[list[str], float, float]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rows = [(sorted(names[p] for p in g["params"]), g["lr"], g["weight_decay"]) for g in groups if g["params"]]
+    return sorted(rows, key=str)
+
+
+def test_official_grouping_is_that_of_the_released_code() -> None:
+    """`create_loraplus_optimizer`: what is below the ratio is the base rate, embeddings apart, vectors with B."""
+    model = with_head_and_embedding()
+    made = param_groups(model, 2e-4, lr_ratio=10, weight_decay=0.1, official_grouping=True)
+    joined: dict[tuple[float, float], list[str]] = {}
+    for names, lr, decay in found_groups(model, made):
+        joined.setdefault((lr, decay), []).extend(names)
+    expected = {(lr, decay): names for names, lr, decay in OFFICIAL.values()}
+    assert {key: sorted(names) for key, names in joined.items()} == {key: sorted(v) for key, v in expected.items()}
+
+
+def test_an_optimizer_that_is_split_officially_has_the_same_groups_and_follows_a_scheduler() -> None:
+    model = with_head_and_embedding()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    split(model, optimizer, 10, official_grouping=True)
+    link(scheduler, [optimizer])
+    for halvings in range(3):
+        for names, lr, decay in OFFICIAL.values():
+            [group] = [
+                group
+                for group in optimizer.param_groups
+                if set(names) == {n for n, p in model.named_parameters() if any(p is q for q in group["params"])}
+            ]
+            assert group["lr"] == pytest.approx(lr * 0.5**halvings, rel=1e-12)
+            assert group["weight_decay"] == decay
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_lora_plus_at_ratio_one_is_lora_bit_for_bit_and_scales_the_first_step_of_B_by_any_other(ratio: float) -> None:
+    def run(lr_ratio: float | None, steps: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+        inject(model, LoRA(r=2), seed=1)
+        before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        plain = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = plain if lr_ratio is None else param_groups(model, 1e-3, lr_ratio=lr_ratio)
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
+        x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        after = [p.detach() for p in model.parameters() if p.requires_grad]
+        return [b - a for a, b in zip(before, after, strict=True)]
+
+    if ratio == 1:
+        assert all(torch.equal(one, other) for one, other in zip(run(1.0, 30), run(None, 30), strict=True))
+        return
+    for (A, B), (same_A, scaled_B) in zip(batched(run(1.0, 1)), batched(run(ratio, 1)), strict=True):
+        assert not A.any()
+        assert not same_A.any()
+        assert torch.allclose(scaled_B, ratio * B, rtol=1e-12)
+
+
+def batched(factors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(factors[::2], factors[1::2], strict=True))
+
+
+@pytest.mark.parametrize("init", ["pissa", "orthogonal"])
+def test_lora_plus_with_a_B_that_starts_elsewhere_is_warned_of(init: Any, trainer: Any) -> None:
+    with pytest.warns(UserWarning, match=f"LoRA\\+ is derived for a B that starts at zero, and init='{init}'"):
+        trainer(callbacks=[LoRACallback(LoRA(r=2, init=init), lr_ratio=4)], max_steps=1).fit(Lit(), loader(1))

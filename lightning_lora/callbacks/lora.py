@@ -40,7 +40,7 @@ from lightning_lora.callbacks.guards import (
     without_dropout,
 )
 from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
-from lightning_lora.derived_groups import check_ratio, link, split
+from lightning_lora.derived_groups import LR_EMBEDDING, check_ratio, link, split
 from lightning_lora.inject import Bias, inject
 from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
@@ -69,6 +69,9 @@ class LoRACallback(Callback):
         fused: Layers that hold several matrices in one, by name or glob, with the names of their equal parts in order
             or with the rows of each part; each part has an adapter of its own.
         lr_ratio: Learning rate of B divided by that of A (LoRA+); 1 is plain LoRA.
+        official_grouping: Group parameters as LoRA+'s released code does, not by what they are: biases and other
+            vectors learn ``lr_ratio`` times as fast too, and embeddings' adapters at ``lr_embedding``.
+        lr_embedding: See there.
         weight_decay: Weight decay by role (A, B, ...) where it differs from the optimizer's.
         dtype: Floating-point type of the adapters; by default fp32, or wider where the layer is.
         audit: Stop after the first batch if an adapter got no gradient.
@@ -89,6 +92,8 @@ class LoRACallback(Callback):
         alpha_pattern: dict[str, float] | None = None,
         fused: dict[str, list[str] | dict[str, int]] | None = None,
         lr_ratio: float = 1.0,
+        official_grouping: bool = False,
+        lr_embedding: float = LR_EMBEDDING,
         weight_decay: dict[Role, float] | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         audit: bool = True,
@@ -106,6 +111,8 @@ class LoRACallback(Callback):
         self.alpha_pattern = alpha_pattern
         self.fused = fused
         self.lr_ratio = lr_ratio
+        self.official_grouping = official_grouping
+        self.lr_embedding = lr_embedding
         self.weight_decay = weight_decay
         self.dtype = dtype
         self.audit = audit
@@ -222,7 +229,14 @@ class LoRACallback(Callback):
         return returned
 
     def _split(self, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        split(pl_module, optimizer, self.lr_ratio, self.weight_decay)
+        split(
+            pl_module,
+            optimizer,
+            self.lr_ratio,
+            self.weight_decay,
+            official_grouping=self.official_grouping,
+            lr_embedding=self.lr_embedding,
+        )
 
     def _start_schedules(self, trainer: Trainer, pl_module: LightningModule, optimizers: list[Optimizer]) -> None:
         """Have the method's schedules called around the steps of the optimizer that trains the adapters."""

@@ -79,6 +79,7 @@ class AdaLoRA(Method):
         "second one of two rank allocators on one budget",
         "threshold": "two rank allocators on one budget",
         "update_ratio": "masking makes P Lambda Q jump; Delta-LoRA would copy the jump into W",
+        "gradient": "AdaLoRA's importance is made of the plain gradients",
     }
 
     r: int = 12

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.initialisations import KEEPS_START
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
@@ -45,6 +46,19 @@ class DyLoRA(LoRA):
     A prefix of rank b is the adapter of ``LoRA(r=b)`` with the same alpha. At full rank it is LoRA. During a run and in
     training mode, all that looks at an adapter (``merged``, say) sees the prefix of the step.
     """
+
+    refused_inits: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(KEEPS_START, "a prefix of the pair has no start of its own"),
+        "orthogonal": "the product of a prefix would not be zero at the start",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient != "plain":
+            raise ValueError(
+                f"gradient={self.gradient!r}: a step trains a prefix, and this mixes the gradients of all columns: use "
+                "gradient='plain'"
+            )
 
     @override
     def build(

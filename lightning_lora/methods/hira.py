@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class HiRA(LoRA):
         ValueError: If a value is out of its range.
     """
 
+    refused_inits: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        KEEPS_START, "HiRA's product multiplies the weight, and this start is a part of it"
+    )
     r: int = 32
     alpha: float = 32.0
 

@@ -83,6 +83,7 @@ class LoRA(Method):
     """
 
     lowest_rank: ClassVar[int] = 1
+    refused_inits: ClassVar[Mapping[str, str]] = {}  # and why
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -104,7 +105,7 @@ class LoRA(Method):
             raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
         if self.scaling not in ("linear", "rsqrt"):
             raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
-        check_init(self.init, self.r, self.init_batches, self.rank_spread)
+        check_init(self.init, self.r, self.init_batches, self.rank_spread, self.refused_inits)
         check_gradient(self.gradient, self.freeze_A)
 
     @property

@@ -65,6 +65,9 @@ class LoRADrop(LoRA):
         ValueError: If a value is out of its range.
     """
 
+    refused_inits: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        KEEPS_START, "a shared adapter cannot equal each layer's principal part: the base residuals differ"
+    )
     refused: ClassVar[Mapping[str, str]] = {
         "target_r": "two rank allocators on one budget",
         "update_ratio": "one shared increment would be added to several W",
@@ -80,13 +83,6 @@ class LoRADrop(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init in KEEPS_START:
-            raise ValueError(
-                f"init={self.init!r}: a shared adapter cannot equal each layer's principal part: the base residuals "
-                "differ: use init='kaiming'"
-            )
-        if self.rank_spread != 1:
-            raise ValueError(f"rank_spread={self.rank_spread:g}: two rank allocators on one budget: use rank_spread=1")
         if not (isinstance(self.sample_ratio, int | float) and 0 < self.sample_ratio < 1):
             raise ValueError(
                 f"sample_ratio={self.sample_ratio!r}: must be above 0 and below 1, for example sample_ratio=0.1"
@@ -97,6 +93,8 @@ class LoRADrop(LoRA):
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least 1, for example {name}=8")
         if not (isinstance(self.threshold, int | float) and 0 < self.threshold <= 1):
             raise ValueError(f"threshold={self.threshold!r}: must be above 0 and at most 1, for example threshold=0.9")
+        if self.rank_spread != 1:
+            raise ValueError(f"rank_spread={self.rank_spread:g}: two rank allocators on one budget")
         if self.rest not in ("shared", "shared_frozen", "none"):
             raise ValueError(f"rest={self.rest!r}: must be 'shared', 'shared_frozen' or 'none'")
         if self.magnitude and self.rest != "none":

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Adapter, Role
+from lightning_lora.initialisations import KEEPS_START
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
@@ -55,6 +56,9 @@ class ReLoRA(LoRA):
     """
 
     averageable: ClassVar[Literal["all", "trained", "nothing"]] = "nothing"  # a new pair has nothing of the one before
+    refused_inits: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        KEEPS_START, "each restart draws a new pair, which cannot start as the first one did"
+    )
     restart_every: int = 1000
     restarts: int = 3
     warmup: int = 50
