@@ -114,7 +114,8 @@ def split(
         ValueError: If the optimizer cannot have several groups.
     """
     check_ratio(lr_ratio)
-    plan = _Plan({**({"B_no_decay": 0.0} if official_grouping else {}), **dict(role_weight_decay or {})})  # type: ignore[dict-item]
+    decay = {"B_no_decay": 0.0} if official_grouping else {}
+    plan = _Plan({**decay, **{str(role): value for role, value in (role_weight_decay or {}).items()}})
     special = {*plan.weight_decay, *(("B",) if lr_ratio != 1 else ()), *(("embedding",) if official_grouping else ())}
     has_hooks = hasattr(optimizer, "register_step_pre_hook")
     one_group = isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__name__ == "ZeroRedundancyOptimizer"

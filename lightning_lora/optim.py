@@ -58,7 +58,8 @@ def param_groups(
     """
     check_ratio(lr_ratio, {adapter.method for site in sites(model) for adapter in site.slot.values()})  # type: ignore[misc]
     role_of: Mapping[Tensor, str] = official_roles(model) if official_grouping else roles(model)
-    decay: dict[str, float] = {**({"B_no_decay": 0.0} if official_grouping else {}), **dict(role_weight_decay or {})}  # type: ignore[dict-item]
+    decay = {"B_no_decay": 0.0} if official_grouping else {}
+    decay |= {str(role): value for role, value in (role_weight_decay or {}).items()}
     members: dict[str, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -82,6 +82,7 @@ from lightning_lora import (
     AdapterError,
     DeltaLoRA,
     DoRA,
+    DyLoRA,
     HiRA,
     LoRA,
     LoRACallback,
@@ -146,8 +147,6 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "start_step=500 leaves 501 steps plain": lambda: DeltaLoRA(start_step=-2),
     },
     ("methods/hira", ValueError): {
-        "init='pissa' splits the weight into a low-rank part and the rest, and HiRA's product is no part of it but "
-        "multiplies it: use init='kaiming'": lambda: HiRA(init="pissa"),
         "gradient='lora_pro' is derived for a change that is scale * B @ A, and HiRA's is W times that: use "
         "gradient='plain'": lambda: HiRA(gradient="lora_pro"),
     },
@@ -177,6 +176,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "the adapters of LoRA share nothing that is drawn again": lambda: LoRA().redrawn({}),
     },
     ("methods/dylora", ValueError): {
+        "gradient='lora_pro': a step trains a prefix, and this mixes the gradients of all columns: use "
+        "gradient='plain'": lambda: DyLoRA(gradient="lora_pro"),
         "rank=0: must be a whole number of at least 1, such as rank=4": lambda: truncate_(net(), 0),
         "Sequential has no DyLoRA adapter, and of another one a prefix means nothing: train with DyLoRA, or see "
         "rank_curve for the best approximations of a lower rank": lambda: truncate_(nn.Sequential(adapted()), 2),

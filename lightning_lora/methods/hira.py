@@ -49,11 +49,6 @@ class HiRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init in KEEPS_START:
-            raise ValueError(
-                f"init={self.init!r} splits the weight into a low-rank part and the rest, and HiRA's product is no "
-                "part of it but multiplies it: use init='kaiming'"
-            )
         if self.gradient != "plain":
             raise ValueError(
                 f"gradient={self.gradient!r} is derived for a change that is scale * B @ A, and HiRA's is W times "
