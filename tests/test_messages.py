@@ -82,6 +82,7 @@ from lightning_lora import (
     AdapterError,
     DeltaLoRA,
     DoRA,
+    DyLoRA,
     HiRA,
     LoRA,
     LoRACallback,
@@ -177,6 +178,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "the adapters of LoRA share nothing that is drawn again": lambda: LoRA().redrawn({}),
     },
     ("methods/dylora", ValueError): {
+        "init='pissa' subtracts its start, and DyLoRA is defined for a change that starts at zero at every rank: use "
+        "init='kaiming', 'gaussian' or 'eva'": lambda: DyLoRA(init="pissa"),
+        "gradient='lora_pro' takes the gradients for those of the whole pair, and each step trains a prefix: use "
+        "gradient='plain'": lambda: DyLoRA(gradient="lora_pro"),
         "rank=0: must be a whole number of at least 1, such as rank=4": lambda: truncate_(net(), 0),
         "Sequential has no DyLoRA adapter, and of another one a prefix means nothing: train with DyLoRA, or see "
         "rank_curve for the best approximations of a lower rank": lambda: truncate_(nn.Sequential(adapted()), 2),
@@ -184,6 +189,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/relora", ValueError): {
         "dropout=0.1: what is folded counts as part of the base, whose input is not dropped: use dropout=0": (
             lambda: ReLoRA(dropout=0.1)
+        ),
+        "init='pissa': a restart draws lora_A anew and sets lora_B to zero: use init='kaiming' or init='gaussian'": (
+            lambda: ReLoRA(init="pissa")
+        ),
+        "gradient='fa' keeps the inverse of a frozen lora_A, which a restart draws anew: use gradient='plain'": (
+            lambda: ReLoRA(gradient="fa", freeze_A=True)
         ),
         "restart_every=0: must be a whole number of at least 1": lambda: ReLoRA(restart_every=0),
         "warmup=-1: must be a whole number of at least 0": lambda: ReLoRA(warmup=-1),

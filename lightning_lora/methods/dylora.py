@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.initialisations import KEEPS_START
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
@@ -44,7 +45,23 @@ class DyLoRA(LoRA):
 
     A prefix of rank b is the adapter of ``LoRA(r=b)`` with the same alpha. At full rank it is LoRA. During a run and in
     training mode, all that looks at an adapter (``merged``, say) sees the prefix of the step.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init in KEEPS_START:
+            raise ValueError(
+                f"init={self.init!r} subtracts its start, and DyLoRA is defined for a change that starts at zero at "
+                "every rank: use init='kaiming', 'gaussian' or 'eva'"
+            )
+        if self.gradient != "plain":
+            raise ValueError(
+                f"gradient={self.gradient!r} takes the gradients for those of the whole pair, and each step trains a "
+                "prefix: use gradient='plain'"
+            )
 
     @override
     def build(

@@ -67,6 +67,15 @@ class ReLoRA(LoRA):
                 f"dropout={self.dropout}: what is folded counts as part of the base, whose input is not dropped: use "
                 "dropout=0"
             )
+        if self.init not in ("kaiming", "gaussian"):
+            raise ValueError(
+                f"init={self.init!r}: a restart draws lora_A anew and sets lora_B to zero: use init='kaiming' or "
+                "init='gaussian'"
+            )
+        if self.gradient == "fa":
+            raise ValueError(
+                "gradient='fa' keeps the inverse of a frozen lora_A, which a restart draws anew: use gradient='plain'"
+            )
         for name, lowest in (("restart_every", 1), ("restarts", 1), ("warmup", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
