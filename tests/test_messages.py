@@ -186,6 +186,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "dropout=0.1: what is folded counts as part of the base, whose input is not dropped: use dropout=0": (
             lambda: ReLoRA(dropout=0.1)
         ),
+        "gradient='fa' keeps the inverse of a frozen lora_A, which a restart draws anew: use gradient='plain'": (
+            lambda: ReLoRA(gradient="fa", freeze_A=True)
+        ),
         "restart_every=0: must be a whole number of at least 1": lambda: ReLoRA(restart_every=0),
         "warmup=-1: must be a whole number of at least 0": lambda: ReLoRA(warmup=-1),
         "prune=2: must be from 0 to 1, such as prune=0.99": lambda: ReLoRA(prune=2),

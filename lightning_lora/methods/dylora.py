@@ -45,6 +45,9 @@ class DyLoRA(LoRA):
 
     A prefix of rank b is the adapter of ``LoRA(r=b)`` with the same alpha. At full rank it is LoRA. During a run and in
     training mode, all that looks at an adapter (``merged``, say) sees the prefix of the step.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
 
     refused_inits: ClassVar[Mapping[str, str]] = {

@@ -57,7 +57,7 @@ class ReLoRA(LoRA):
 
     averageable: ClassVar[Literal["all", "trained", "nothing"]] = "nothing"  # a new pair has nothing of the one before
     refused_inits: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        KEEPS_START, "each restart draws a new pair, which cannot start as the first one did"
+        (*KEEPS_START, "orthogonal", "eva"), "a restart draws lora_A anew and sets lora_B to zero"
     )
     restart_every: int = 1000
     restarts: int = 3
@@ -70,6 +70,10 @@ class ReLoRA(LoRA):
             raise ValueError(
                 f"dropout={self.dropout}: what is folded counts as part of the base, whose input is not dropped: use "
                 "dropout=0"
+            )
+        if self.gradient == "fa":
+            raise ValueError(
+                "gradient='fa' keeps the inverse of a frozen lora_A, which a restart draws anew: use gradient='plain'"
             )
         for name, lowest in (("restart_every", 1), ("restarts", 1), ("warmup", 0)):
             value = getattr(self, name)
