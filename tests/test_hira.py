@@ -282,7 +282,7 @@ def test_what_peft_calls_lora_is_not_hira() -> None:
 
 def test_starts_and_gradients_that_are_made_for_a_sum_are_refused() -> None:
     for init in ("pissa", "milora", "olora"):
-        with pytest.raises(ValueError, match=f"init='{init}' splits the weight into a low-rank part and the rest"):
+        with pytest.raises(ValueError, match=f"init='{init}': HiRA's product multiplies the weight, and this start"):
             HiRA(init=init)
     for gradient in ("riemannian", "lora_pro"):
         with pytest.raises(ValueError, match=f"gradient='{gradient}' is derived for a change that is scale"):
