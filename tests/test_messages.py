@@ -262,8 +262,6 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "or raise r": lambda: AdaLoRA(r=2).schedules(inject(net(), AdaLoRA(r=2)), "default", 10),
     },
     ("methods/lora_drop", ValueError): {
-        "init='pissa': shared adapter cannot equal each layer's principal part: the base residuals differ: use "
-        "init='kaiming'": lambda: LoRADrop(init="pissa"),
         "sample_ratio=1: must be above 0 and below 1, for example sample_ratio=0.1": lambda: LoRADrop(sample_ratio=1),
         "sample_steps=0: must be a whole number of at least 1, for example sample_steps=8": (
             lambda: LoRADrop(sample_steps=0)
@@ -272,6 +270,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "rest='half': must be 'shared', 'shared_frozen' or 'none'": (
             lambda: LoRADrop(rest="half")  # type: ignore[arg-type]
         ),
+        "rank_spread=2: two rank allocators on one budget": lambda: LoRADrop(init="eva", rank_spread=2),
+        "magnitude=True with rest='shared': a shared low-rank pair with per-layer magnitudes is ambiguous: use "
+        "rest='none'": lambda: LoRADrop(magnitude=True),
         "sample_ratio=0.1 is a share of the run, and this run has no end: give Trainer(max_steps=...), or "
         "LoRADrop(sample_steps=...)": lambda: LoRADrop().schedules([], "default"),
     },
