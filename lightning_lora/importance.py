@@ -24,6 +24,7 @@ from lightning_lora.candidates import Candidate
 from lightning_lora.evaluation import Loss, loss_of, undisturbed
 from lightning_lora.input_statistics import input_hooks, sees_inputs
 from lightning_lora.layers import kind_of
+from lightning_lora.layers.attention import AdaptedMultiheadAttention
 from lightning_lora.layers.seam import AdaptedLayer
 from lightning_lora.sites import Site, named_submodules, pattern, sites, tied_names
 
@@ -205,14 +206,24 @@ def check_measurable(model: nn.Module, task: str = "default") -> None:
         model: The adapted model.
         task: The adapters' task.
     """
-    unseen = [one.site for one in _candidates(model, task) if not (one.layout.looked_up or sees_inputs(one))]
+    inside = {  # multiplied out of sight although they are layers
+        (id(owner), parameter)
+        for module in model.modules()
+        if isinstance(module, AdaptedMultiheadAttention)
+        for owner, parameter in module.reads(module)
+        if owner is not module
+    }
+    unseen = [
+        one.site
+        for one in _candidates(model, task)
+        if (id(one.site.module), one.site.parameter) in inside or not (one.layout.looked_up or sees_inputs(one))
+    ]
     if unseen:
         layers = sorted({site.name.rpartition(".")[0] for site in unseen})
         raise ValueError(
             f"LoRADrop measures what adapters add to outputs, and {len(unseen)} matrices (first: {unseen[0].name}) are "
             "read by their layer's forward, where that cannot be seen (attention's out_proj, recurrent layers, "
-            f"experts): leave them out with exclude_modules={layers[:3]}{' and so on' if layers[3:] else ''}, or use "
-            "LoRA"
+            f"experts): leave them out with exclude_modules={layers}, or use LoRA"
         )
 
 

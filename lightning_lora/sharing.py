@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lora.importance import alike
 from lightning_lora.inject import remove
 from lightning_lora.methods.lora_drop import LoRADrop
+from lightning_lora.quantized import dense_weight
 from lightning_lora.sites import sites
 
 
@@ -41,7 +42,10 @@ def share(model: nn.Module, kept: Collection[str], task: str = "default") -> Non
     firsts = {name: group[0] for group in groups for name in group}
     fresh = [*(kept if method.reinit else ()), *(set(firsts.values()) if method.rest == "shared" else ())]
     for name in fresh:
-        found[name].adapter(task).reset_parameters()
+        site, adapter = found[name], found[name].adapter(task)
+        adapter.reset_parameters()
+        if adapter.waits_for_weight:  # now, so that a checkpoint written before the next batch has its values
+            adapter.start(site.slot.layout.matrix(dense_weight(site.module, site.parameter)))
     if method.rest != "none":
         tie(model, firsts, task)
     elif firsts:

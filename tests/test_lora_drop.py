@@ -35,6 +35,7 @@ from lightning_lora import (
 from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.importance import alike, importances, select
 from lightning_lora.offline import merge
+from lightning_lora.report import plot_importances
 from lightning_lora.sharing import share, shares
 
 
@@ -159,6 +160,33 @@ def test_the_cheap_form_is_the_norm_of_what_the_adapter_adds(kind: str) -> None:
     assert list(found.values()) == pytest.approx([one / sum(changes) for one in changes], rel=1e-4)
 
 
+class Attends(nn.Module):
+    """Two encoder layers of PyTorch's, whose fused kernel in eval mode calls none of their children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_what_attention_and_fused_encoders_read_is_measured_but_for_its_output_projection() -> None:
+    model = Attends()
+    inject(model, LoRADrop(r=2), exclude_modules=["out_proj"], seed=0)
+    for site in sites(model):
+        nn.init.normal_(site.adapter("default").lora_B)
+    found = importances(model, [torch.randn(3, 5, 4)], model)
+    assert len(found) == 6
+    assert all(value > 0 for value in found.values())
+    whole = Attends()
+    inject(whole, LoRADrop(r=2), seed=0)
+    with pytest.raises(ValueError, match=r"2 matrices \(first: layers\.0\.self_attn\.out_proj\.weight\)"):
+        importances(whole, [torch.randn(3, 5, 4)], whole)
+
+
 def test_measuring_leaves_the_model_as_it_was() -> None:
     model = blocks().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -255,6 +283,13 @@ def test_starting_anew_gives_the_values_of_the_first_step() -> None:
     for site in sites(model):
         for name, value in site.adapter("default").state_dict().items():
             assert torch.equal(value, first[firsts[site.name]][name])
+
+
+def test_magnitudes_that_start_anew_are_those_of_the_base_at_once() -> None:
+    model = blocks(LoRADrop(r=2, alpha=4, rest="none", magnitude=True))
+    share(model, KEPT)
+    for site in sites(model):
+        assert torch.allclose(site.adapter("default").magnitude, site.weight.norm(dim=1))
 
 
 def test_going_on_keeps_the_values_of_the_kept_and_starts_the_shared_one_anew() -> None:
@@ -400,6 +435,19 @@ def test_the_ratio_of_learning_rates_holds_and_the_schedulers_see_their_groups(
     assert all("lora_B" in roles[p] for p in groups[1]["params"])
 
 
+def test_importances_are_shown_once_and_can_be_drawn(
+    tmp_path: Path, trainer: Callable[..., L.Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        _, run = fit(trainer, LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2))
+    shown = [record.message for record in caplog.records if "importances by LoRA-drop" in record.message]
+    assert len(shown) == 1
+    assert len([line for line in shown[0].splitlines() if "blocks." in line]) == 12
+    assert shown[0].count(" own ") == 4
+    plot_importances(sample_of(run).importances, tmp_path / "importances.png")
+    assert (tmp_path / "importances.png").stat().st_size > 1000
+
+
 def test_optimizers_that_keep_sums_from_the_start_go_on(trainer: Callable[..., L.Trainer]) -> None:
     module, run = fit(trainer, module=Deep(lambda module: torch.optim.Adagrad(module.parameters(), lr=0.05)))
     assert len(run.optimizers[0].state) == len([p for p in module.parameters() if p.requires_grad])
@@ -428,6 +476,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     whole, run = fit(trainer, method, callbacks=[ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)], **options)
     saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
     path = tmp_path / f"step={stop}.ckpt"
+    torch.manual_seed(1)  # another process may be anywhere in its random numbers
     resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver], **options)
     assert sample_of(again).importances == sample_of(run).importances
     assert same(values(resumed), values(whole))

@@ -54,6 +54,7 @@ from triggers import (
     over_trainable,
     packed,
     packed_convolution,
+    plot_importances_without_matplotlib,
     plot_ranks_without_matplotlib,
     removed,
     repeated,
@@ -86,6 +87,7 @@ from lightning_lora import (
     HiRA,
     LoRA,
     LoRACallback,
+    LoRADrop,
     LoRAFA,
     ReLoRA,
     VeRA,
@@ -115,12 +117,14 @@ from lightning_lora.callbacks.guards import (
 from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.derived_groups import split
 from lightning_lora.files import parse_json, read_tensors, write_folder
+from lightning_lora.importance import importances
 from lightning_lora.input_statistics import InputStatistics, input_statistics
 from lightning_lora.layout import Layout
 from lightning_lora.merge import _Loss, _warn_of
 from lightning_lora.offline import export, inspect, merge
 from lightning_lora.optim import place, the_optimizer
 from lightning_lora.quantized import check_requantizable, keep_differentiable
+from lightning_lora.sharing import share
 
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/lora", ValueError): {
@@ -257,7 +261,46 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "target_r=8 for 2 matrices is 16 ranks at the end, but r and rank_pattern give 4 at the start: lower target_r "
         "or raise r": lambda: AdaLoRA(r=2).schedules(inject(net(), AdaLoRA(r=2)), "default", 10),
     },
+    ("methods/lora_drop", ValueError): {
+        "sample_ratio=1: must be above 0 and below 1, for example sample_ratio=0.1": lambda: LoRADrop(sample_ratio=1),
+        "sample_steps=0: must be a whole number of at least 1, for example sample_steps=8": (
+            lambda: LoRADrop(sample_steps=0)
+        ),
+        "threshold=0: must be above 0 and at most 1, for example threshold=0.9": lambda: LoRADrop(threshold=0),
+        "rest='half': must be 'shared', 'shared_frozen' or 'none'": (
+            lambda: LoRADrop(rest="half")  # type: ignore[arg-type]
+        ),
+        "rank_spread=2: two rank allocators on one budget": lambda: LoRADrop(init="eva", rank_spread=2),
+        "magnitude=True with rest='shared': a shared low-rank pair with per-layer magnitudes is ambiguous: use "
+        "rest='none'": lambda: LoRADrop(magnitude=True),
+        "sample_ratio=0.1 is a share of the run, and this run has no end: give Trainer(max_steps=...), or "
+        "LoRADrop(sample_steps=...)": lambda: LoRADrop().schedules([], "default"),
+    },
+    ("importance", ValueError): {
+        "LoRADrop measures what adapters add to outputs, and 1 matrices (first: net.self_attn.out_proj.weight) are "
+        "read by their layer's forward, where that cannot be seen (attention's out_proj, recurrent layers, experts): "
+        "leave them out with exclude_modules=['net.self_attn.out_proj'], or use LoRA": (
+            lambda: fit(Attending(), method=LoRADrop(r=2))
+        ),
+        "what the adapter of first.weight adds is not finite: the run has diverged, lower its learning rate": (
+            lambda: (model := adapted(), importances(model, [torch.full((1, 4), float("nan"))], model))
+        ),
+    },
+    ("sharing", ValueError): {
+        "kept='third': no site has this name; the model's are first.weight, second.weight": (
+            lambda: share(adapted(), ["third"])
+        ),
+        "task='default': its method is LoRA, which does not say what the others get: "
+        "inject(model, LoRADrop(rest='shared')) first": lambda: share(adapted(), ["first.weight"]),
+    },
+    ("callbacks/dropping", ValueError): {
+        "AdapterEMA averages the adapters that the run starts with, and LoRADrop takes some of them away: average in a "
+        "second run, from the checkpoint of this one": lambda: fit(None, AdapterEMA(0.9), method=LoRADrop(r=2)),
+    },
     ("report", ImportError): {
+        "plot_importances draws with matplotlib: pip install 'lightning-lora[plots]'": (
+            plot_importances_without_matplotlib
+        ),
         "plot_ranks draws with matplotlib: pip install 'lightning-lora[plots]'": plot_ranks_without_matplotlib,
     },
     ("layout", ValueError): {

@@ -35,7 +35,7 @@ from lightning_lora.derived_groups import split
 from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
-from lightning_lora.report import plot_ranks
+from lightning_lora.report import plot_importances, plot_ranks
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FIRST = "base_model.model.first."  # PEFT's name of the first layer of Net
@@ -409,3 +409,8 @@ def gradient_in_parts() -> None:
 def plot_ranks_without_matplotlib() -> None:
     with mock.patch("lightning_lora.report.find_spec", return_value=None):
         plot_ranks({"first.weight": 2}, "ranks.png")
+
+
+def plot_importances_without_matplotlib() -> None:
+    with mock.patch("lightning_lora.report.find_spec", return_value=None):
+        plot_importances({"first.weight": 2}, "ranks.png")

@@ -50,7 +50,7 @@ class LoRADrop(LoRA):
         gradient: As for LoRA.
         freeze_A: As for LoRA.
         sample_ratio: Share of the run's optimizer steps that the first phase takes.
-        sample_steps: Its number of optimizer steps; None takes ``sample_ratio``.
+        sample_steps: Its number of optimizer steps; None takes ``sample_ratio``. A run that ends before keeps all.
         threshold: Of each group of like matrices, the most important ones keep their adapters until together they have
             this share of the group's importance; 1 keeps all that have any.
         top_n: Keep this many of each group instead.
@@ -139,7 +139,7 @@ class LoRADrop(LoRA):
         """Return the one that counts the steps of the sample.
 
         Raises:
-            ValueError: If the run's length is not known, or ends before the sample does.
+            ValueError: If the sample is a share of a run whose length is not known.
         """
         return [*super().schedules(sites, task, total_steps), Sample(self, total_steps)]
 
@@ -161,7 +161,7 @@ class Sample(Schedule):
         importances: What was measured at its end, by site; empty before that.
 
     Raises:
-        ValueError: If the run's length is not known, or ends before the sample does.
+        ValueError: If the sample is a share of a run whose length is not known.
     """
 
     def __init__(self, method: LoRADrop, total_steps: int | None) -> None:
@@ -173,11 +173,6 @@ class Sample(Schedule):
             )
         self.method = method
         self.steps = method.sample_steps or max(1, math.ceil(method.sample_ratio * (total_steps or 0)))
-        if total_steps is not None and self.steps >= total_steps:
-            raise ValueError(
-                f"the sample of {self.steps} steps leaves nothing of a run of {total_steps}: train longer, or lower "
-                "sample_ratio or sample_steps"
-            )
         self.importances: dict[str, float] = {}
 
     @property
