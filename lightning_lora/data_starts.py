@@ -50,7 +50,7 @@ def start_from_data(
         ValueError: If the adapters start without data, or a weight has no gradient because it is packed.
     """
     method = _method(model, task)
-    with undisturbed(model), loss_of(model, loss) as loss_at:
+    with loss_of(model, loss) as loss_at:
         return start_from_losses(model, (loss_at(batch) for batch in islice(batches, method.init_batches)), task)
 
 
@@ -58,14 +58,16 @@ def start_from_losses(model: nn.Module, losses: Iterator[Any], task: str = "defa
     """Do as ``start_from_data`` does, with an iterator that runs the model on a batch each time it is asked.
 
     Args:
-        model: The adapted model; modes and gradients are the caller's to restore.
+        model: The adapted model, on the device that it stays on.
         losses: The losses, at most as many as ``init_batches``.
         task: The adapters' name.
     """
     method = _method(model, task)
     found = {site.name: site for site in sites(model, task)}
-    with using(model):  # the adapters add nothing yet, and are changed meanwhile
+    with undisturbed(model), using(model):  # the adapters add nothing yet, and are changed meanwhile
         started = _eva(model, found, losses, task) if method.init == "eva" else _lora_ga(model, found, losses, task)
+    for site in found.values():
+        site.slot.train(site.slot.training)  # also those that were made meanwhile
     return [name for name in found if name not in started]
 
 
@@ -188,7 +190,6 @@ def _of_rank(site: Site, adapter: LoRAAdapter, r: int, one: Candidate, task: str
         dtype=adapter.lora_A.dtype,
         layout=site.slot.layout,
     )
-    other.train(adapter.training)
     other.start(site.slot.layout.matrix(dense_weight(site.module, site.parameter)))
     site.slot[task] = other
     return other  # type: ignore[no-any-return]

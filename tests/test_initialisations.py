@@ -19,10 +19,16 @@ from conftest import Lit, loader
 from torch import Tensor, nn
 
 from lightning_lora import (
+    AdaLoRA,
+    DeltaLoRA,
     DoRA,
+    DyLoRA,
+    HiRA,
     LoRA,
     LoRACallback,
+    LoRADrop,
     LoRAFA,
+    ReLoRA,
     inject,
     load_adapter,
     merged,
@@ -432,6 +438,7 @@ def test_redistributed_ranks_keep_the_budget_the_bound_and_the_scale(scaling: An
     assert sum(method.r for method in methods) == 4
     assert all(1 <= method.r <= 4 for method in methods)
     assert len({method.r for method in methods}) == 2
+    assert all(module.training for module in model.modules())
     for site, other in zip(sites(model), sites(adapted("eva", scaling=scaling)), strict=True):
         assert site.adapter("default").scaling == pytest.approx(other.adapter("default").scaling, rel=1e-12)
         assert site.adapter("default").lora_A.shape[0] == site.adapter("default").method.r
@@ -512,3 +519,28 @@ def test_eva_lets_a_frozen_A_reach_most_of_the_gradient() -> None:
         reached[init] = float((G @ span(A)).norm() / G.norm())
     assert reached["eva"] > 0.95
     assert reached["kaiming"] < 0.8
+
+
+@pytest.mark.parametrize("method", [LoRADrop, DyLoRA, HiRA, ReLoRA])
+@pytest.mark.parametrize("init", KEEPS_START)
+def test_methods_whose_adapters_cannot_keep_a_start_refuse_it(method: Any, init: Any) -> None:
+    with pytest.raises(ValueError, match=f"init='{init}': "):
+        method(init=init)
+
+
+def test_adalora_refuses_starts_frozen_factors_and_other_gradients_with_the_reason() -> None:
+    for options in ({"init": "pissa"}, {"init": "eva"}, {"freeze_A": True}, {"gradient": "fa"}):
+        with pytest.raises(ValueError, match=r"masking a triplet|needs trainable Q|plain gradients"):
+            AdaLoRA(**options)
+
+
+def test_delta_lora_adds_its_ratio_to_what_was_learned_since_a_kept_start() -> None:
+    model = nn.Sequential(nn.Linear(6, 5, dtype=torch.float64))
+    [site] = inject(model, DeltaLoRA(r=2, init="pissa", update_ratio=2.0, start_step=-1))
+    adapter = site.adapter("default")
+    A0, B0 = adapter.lora_A.detach().clone(), adapter.lora_B.detach().clone()
+    adapter.take_snapshot()
+    change(model)
+    assert torch.allclose(
+        adapter.delta(), adapter.scaling * 3 * (adapter.lora_B @ adapter.lora_A - B0 @ A0), atol=1e-13
+    )

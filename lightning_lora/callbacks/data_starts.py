@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.data_starts import looks_at_data, start_from_losses
-from lightning_lora.evaluation import undisturbed
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.report import rank_table
@@ -54,8 +53,7 @@ def start_when_restored(trainer: Trainer, pl_module: LightningModule, method: Me
 
 def _start(trainer: Trainer, pl_module: LightningModule, method: LoRA) -> None:
     pl_module.to(trainer.strategy.root_device)  # now, so that what is put back afterwards is there already
-    with undisturbed(pl_module):
-        unseen = start_from_losses(pl_module, silent_losses(trainer, pl_module, method.init_batches))
+    unseen = start_from_losses(pl_module, silent_losses(trainer, pl_module, method.init_batches))
     if unseen:
         rank_zero_warn(
             f"{len(unseen)} matrices keep LoRA's own start (first: {unseen[0]}), because the batches did not reach "
