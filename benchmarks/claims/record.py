@@ -20,6 +20,12 @@ SCRIPTS = (
     "dora_detached_norm",
     "adalora_ranks",
     "delta_lora_theorem",
+    "lora_fa_memory",
+    "lora_fa_floor",
+    "lora_fa_eva",
+    "lora_drop_selection",
+    "svd_starts",
+    "preconditioners",
 )
 Measured = Mapping[str, Any]
 
