@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora import Method, inject
+from lightning_lora import Method, inject, start_from_data
 from training import fit
 
 SETTING = (
@@ -140,7 +140,9 @@ def loss_on(chain: Chain, model: TinyLM) -> float:
     return model(chain.sample(2048, seed=-1)).item()
 
 
-def fine_tune(method: Method, *, lr: float, steps: int = 250, lr_ratio: float = 1.0, seed: int = 0) -> Run:
+def fine_tune(
+    method: Method, *, lr: float, steps: int = 250, lr_ratio: float = 1.0, seed: int = 0, from_data: bool = False
+) -> Run:
     """Adapt all linear layers of the blocks of a pretrained model to the second chain.
 
     Args:
@@ -149,6 +151,7 @@ def fine_tune(method: Method, *, lr: float, steps: int = 250, lr_ratio: float = 
         steps: Number of steps.
         lr_ratio: Learning rate of B divided by ``lr``.
         seed: Of the adapters and of the data.
+        from_data: Whether the adapters start from batches of the second chain.
 
     Returns:
         The model, the number of trained parameters, the loss of each step, and the loss on both chains.
@@ -157,6 +160,8 @@ def fine_tune(method: Method, *, lr: float, steps: int = 250, lr_ratio: float = 
     inject(model, method, TARGETS, seed=seed)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     first = 1_000_000 * (seed + 1)
+    if from_data:
+        start_from_data(model, (new.sample(BATCH, seed=first - 1 - batch) for batch in range(8)), model)
     losses = fit(
         model, method, lambda step: model(new.sample(BATCH, seed=first + step)), steps=steps, lr=lr, lr_ratio=lr_ratio
     )
