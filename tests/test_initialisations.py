@@ -530,7 +530,7 @@ def test_methods_whose_adapters_cannot_keep_a_start_refuse_it(method: Any, init:
 
 def test_adalora_refuses_starts_frozen_factors_and_other_gradients_with_the_reason() -> None:
     for options in ({"init": "pissa"}, {"init": "eva"}, {"freeze_A": True}, {"gradient": "fa"}):
-        with pytest.raises(ValueError, match=r"masking a triplet|needs trainable Q|plain gradients"):
+        with pytest.raises(ValueError, match=r"masking a triplet|needs a trainable Q|plain gradients"):
             AdaLoRA(**options)
 
 
