@@ -93,9 +93,9 @@ def page(scripts: list[ModuleType], record: Mapping[str, Any]) -> str:
     )
     return f"""# Claims of the papers, tried on small problems
 
-Each claim is tried with this library's own methods on a problem that takes a CPU core about a minute. The experiments are
-far smaller than the papers' own: a claim that is reproduced here holds on this problem, and one that is not need not be
-wrong. Verdicts are computed from the numbers by criteria that were written down first; where an experiment or a
+Each claim is tried with this library's own methods on a problem that takes a CPU core about a minute. The experiments
+are far smaller than the papers' own: a claim that is reproduced here holds on this problem, and one that is not need
+not be wrong. Verdicts are computed from the numbers by criteria that were written down first; where an experiment or a
 criterion was changed after a first try, its section says so. `python benchmarks/claims/run.py` measures all and writes
 this page and the plots (`pip install .[plots]`); with names of scripts after it, it measures these only.
 
