@@ -244,9 +244,26 @@ METHODS: dict[str, Method] = {
     for name, cls in known_methods().items()
     if cls.__module__.startswith("lightning_lora.methods.")
 } | {"LoRA that keeps its start": LoRA(r=2, alpha=3.0, init="pissa")}
+SAME_ADAPTER = ("DyLoRA", "LoRADrop", "LoRAFA")  # outside of a run their adapters are LoRA's, on every layer
+ONE_OF_EACH_WAY = (  # to add adapters to a layer
+    "linear",
+    "attention",
+    "encoder layer with padding",
+    "fused linear, two of its parts",
+    "embedding with padding, scaled by frequency",
+    "convolution 2d in groups, circular",
+    "transposed convolution 2d in groups",
+    "GRU cell",
+    "stacked experts, transposed",
+)
+EVERY_PAIR = [
+    pytest.param(kind, method, id=f"{kind}-{name}")
+    for name, method in METHODS.items()
+    for kind in (ONE_OF_EACH_WAY if name in SAME_ADAPTER else KINDS)
+]
 MODES = ["training", "evaluation with gradients", "inference"]
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_pair = pytest.mark.parametrize(("kind", "method"), EVERY_PAIR)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 every_mode = pytest.mark.parametrize("mode", MODES)
 
@@ -343,8 +360,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
-@every_kind
-@every_method
+@every_pair
 @every_mode
 def test_adapted_model_starts_as_its_base_bit_for_bit(kind: str, method: Method, mode: str) -> None:
     model = adapted(kind, method, torch.float32, start=True)
@@ -352,8 +368,7 @@ def test_adapted_model_starts_as_its_base_bit_for_bit(kind: str, method: Method,
     assert torch.equal(run(model, kind, mode, torch.float32), run(plain, kind, mode, torch.float32))
 
 
-@every_kind
-@every_method
+@every_pair
 @pytest.mark.parametrize("mode", ["training", "evaluation with gradients"])
 def test_every_trainable_adapter_parameter_gets_a_gradient_and_nothing_else_does(
     kind: str, method: Method, mode: str
@@ -367,8 +382,7 @@ def test_every_trainable_adapter_parameter_gets_a_gradient_and_nothing_else_does
     assert {name.rpartition(".")[0] for name in reached} == {name.rpartition(".")[0] for name in ours}
 
 
-@every_kind
-@every_method
+@every_pair
 @every_mode
 def test_forward_is_that_of_a_plain_model_with_the_adapted_weights(kind: str, method: Method, mode: str) -> None:
     model, plain = adapted(kind, method), base(kind)
@@ -378,8 +392,7 @@ def test_forward_is_that_of_a_plain_model_with_the_adapted_weights(kind: str, me
     assert not close(outputs, run(base(kind), kind, mode))
 
 
-@every_kind
-@every_method
+@every_pair
 @pytest.mark.parametrize("mode", ["evaluation with gradients", "inference"])
 def test_merged_computes_the_same_and_restores_every_weight_bit_for_bit(kind: str, method: Method, mode: str) -> None:
     model = adapted(kind, method)
@@ -391,8 +404,7 @@ def test_merged_computes_the_same_and_restores_every_weight_bit_for_bit(kind: st
     assert torch.equal(run(model, kind, mode), outputs)
 
 
-@every_kind
-@every_method
+@every_pair
 def test_merged_restores_every_weight_after_an_exception(kind: str, method: Method) -> None:
     model = adapted(kind, method, torch.float32)
     before, outputs = state(model), run(model, kind, "inference", torch.float32)
@@ -402,8 +414,7 @@ def test_merged_restores_every_weight_after_an_exception(kind: str, method: Meth
     assert torch.equal(run(model, kind, "inference", torch.float32), outputs)
 
 
-@every_kind
-@every_method
+@every_pair
 def test_training_while_merged_is_refused(kind: str, method: Method) -> None:
     model = adapted(kind, method)
     with merged(model), pytest.raises(RuntimeError, match="training while the adapters are merged"):
@@ -411,8 +422,7 @@ def test_training_while_merged_is_refused(kind: str, method: Method) -> None:
     run(model, kind, "training")
 
 
-@every_kind
-@every_method
+@every_pair
 @every_mode
 def test_merge_leaves_a_plain_model_that_computes_the_same(kind: str, method: Method, mode: str) -> None:
     model, plain = adapted(kind, method), base(kind)
@@ -429,8 +439,7 @@ def shape_of(model: nn.Module) -> dict[str, tuple[type, list[str], list[str]]]:
     }
 
 
-@every_kind
-@every_method
+@every_pair
 def test_remove_leaves_no_trace(kind: str, method: Method) -> None:
     model, plain = adapted(kind, method), base(kind)
     run(model, kind, "training")
@@ -441,8 +450,7 @@ def test_remove_leaves_no_trace(kind: str, method: Method) -> None:
     assert torch.equal(run(model, kind, "inference"), run(frozen(kind), kind, "inference"))
 
 
-@every_kind
-@every_method
+@every_pair
 @pytest.mark.parametrize("bare", [False, True], ids=["inside a model", "as the model"])
 def test_a_saved_adapter_gives_a_fresh_base_the_same_outputs(
     kind: str, method: Method, bare: bool, tmp_path: object
@@ -455,8 +463,7 @@ def test_a_saved_adapter_gives_a_fresh_base_the_same_outputs(
     assert same(state(fresh), state(model))
 
 
-@every_kind
-@every_method
+@every_pair
 def test_the_folder_is_pefts_where_peft_can_express_it_and_says_why_where_not(
     kind: str, method: Method, tmp_path: Path
 ) -> None:
@@ -477,8 +484,7 @@ def test_the_folder_is_pefts_where_peft_can_express_it_and_says_why_where_not(
     assert config["peft_type"] == ("LIGHTNING_LORA" if why else in_peft["peft_type"])
 
 
-@every_kind
-@every_method
+@every_pair
 @pytest.mark.parametrize("file", ["base.pt", "base.safetensors"])
 def test_merging_files_alone_writes_what_merging_the_model_does(
     kind: str, method: Method, file: str, tmp_path: Path
@@ -504,8 +510,7 @@ def saved_by_torch(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@every_kind
-@every_method
+@every_pair
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved_by_torch])
 def test_copies_work_and_are_independent(
     kind: str, method: Method, duplicate: Callable[[nn.Module], nn.Module]
@@ -551,8 +556,7 @@ def test_compiles_into_one_graph_that_computes_the_same(kind: str, method: str, 
         assert all(close(p.grad, gradients[name]) for name, p in adapter_parameters(model).items() if p.requires_grad)
 
 
-@every_kind
-@every_method
+@every_pair
 def test_trains_under_autocast_with_full_precision_gradients(kind: str, method: Method) -> None:
     model = adapted(kind, method, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -567,8 +571,7 @@ def test_trains_under_autocast_with_full_precision_gradients(kind: str, method: 
     assert torch.allclose(outputs.float(), full, rtol=0.05, atol=0.05)
 
 
-@every_kind
-@every_method
+@every_pair
 @pytest.mark.parametrize("mode", MODES)
 def test_a_bf16_base_with_fp32_adapters_computes_in_bf16(kind: str, method: Method, mode: str) -> None:
     model = adapted(kind, method, torch.bfloat16)
@@ -581,8 +584,7 @@ def test_a_bf16_base_with_fp32_adapters_computes_in_bf16(kind: str, method: Meth
         assert {p.grad.dtype for p in adapter_parameters(model).values() if p.requires_grad} == {torch.float32}
 
 
-@every_kind
-@every_method
+@every_pair
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_moving_the_model_to_another_dtype_never_narrows_its_adapters(
     kind: str, method: Method, narrow: torch.dtype
@@ -598,8 +600,7 @@ def test_moving_the_model_to_another_dtype_never_narrows_its_adapters(
     assert same({name: p.detach().float() for name, p in adapter_parameters(model).items()}, before)
 
 
-@every_kind
-@every_method
+@every_pair
 def test_adapters_made_on_the_meta_device_start_as_those_made_on_the_cpu(kind: str, method: Method) -> None:
     with torch.device("meta"):
         model = Net(KINDS[kind].layer())
@@ -612,8 +613,7 @@ def test_adapters_made_on_the_meta_device_start_as_those_made_on_the_cpu(kind: s
     assert same(state(model), state(expected))
 
 
-@every_kind
-@every_method
+@every_pair
 def test_the_base_stays_what_it_was(kind: str, method: Method) -> None:
     model, plain = base(kind), base(kind)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
@@ -706,8 +706,7 @@ def test_a_subclass_with_other_layers_in_a_known_ones_places_is_left_alone() -> 
     model(torch.zeros(2, 3, 8))
 
 
-@every_kind
-@every_method
+@every_pair
 def test_adapters_of_two_tasks_add_up(kind: str, method: Method) -> None:
     model, plain = adapted(kind, method), base(kind)
     inject(model, method, KINDS[kind].targets, fused=KINDS[kind].fused, task="second", seed=5)

@@ -150,7 +150,7 @@ def test_a_folder_holds_two_files_and_the_weights_say_what_they_are(folder: Path
     described = description(folder)
     assert described["schema"] == SCHEMA
     assert (described["method"], described["task"], described["root"]) == ("LoRA", "default", "")
-    assert described["hyperparameters"] == {"r": 2, "alpha": 3, "dropout": 0.0, "scaling": "linear"}
+    assert described["hyperparameters"] == LoRA(r=2, alpha=3).hyperparameters()
     assert set(described["sites"]) == {"body.0.weight", "body.2.weight"}
     assert described["trained_in_full"] == ["out.bias", "out.weight"]
     config = json.loads((folder / CONFIG).read_text())
