@@ -30,7 +30,6 @@ from lightning_lora.callbacks.dropping import check_droppable, drop_if_due
 from lightning_lora.callbacks.guards import (
     check_connected,
     check_present,
-    check_scaled,
     check_strategy,
     check_unwrapped,
     frozen_norms,
@@ -39,15 +38,15 @@ from lightning_lora.callbacks.guards import (
     tied_to_frozen,
     without_dropout,
 )
+from lightning_lora.callbacks.schedules import Schedules
 from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import LR_EMBEDDING, check_ratio, link, split
 from lightning_lora.inject import Bias, inject
 from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
-from lightning_lora.optim import place, the_optimizer
-from lightning_lora.report import rank_table, table, totals
-from lightning_lora.schedule import Schedule
+from lightning_lora.optim import place
+from lightning_lora.report import table, totals
 from lightning_lora.sites import Site, hidden, sites
 
 _ABSENT = object()
@@ -122,9 +121,7 @@ class LoRACallback(Callback):
         self._found: list[Site] = []
         self._adapted_before = False
         self._pending: set[str] = set()
-        self._schedules: list[Schedule] = []
-        self._schedule_states: list[dict[str, Any]] = []
-        self._scheduled: Optimizer | None = None
+        self._schedules = Schedules()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -225,7 +222,7 @@ class LoRACallback(Callback):
             self._split(pl_module, optimizer)
         for scheduler in schedulers:
             link(scheduler, optimizers)
-        self._start_schedules(trainer, pl_module, optimizers)
+        self._schedules.start(trainer, pl_module, self.method, optimizers)
         return returned
 
     def _split(self, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -238,32 +235,10 @@ class LoRACallback(Callback):
             lr_embedding=self.lr_embedding,
         )
 
-    def _start_schedules(self, trainer: Trainer, pl_module: LightningModule, optimizers: list[Optimizer]) -> None:
-        """Have the method's schedules called around the steps of the optimizer that trains the adapters."""
-        found = sites(pl_module, TASK)
-        batches = trainer.estimated_stepping_batches if self.method.needs_total_steps else -1
-        total = int(batches) if 0 <= batches < float("inf") else None  # -1 or inf: a run without an end
-        self._schedules = self.method.schedules(found, TASK, total)
-        if not self._schedules:
-            return
-        self._scheduled = the_optimizer(pl_module, optimizers, type(self.method).__name__)
-        check_scaled(trainer, self._scheduled, type(self.method).__name__)
-        for schedule, state in zip(self._schedules, self._schedule_states, strict=False):
-            schedule.load_state_dict(state)
-        self._schedule_states = []
-        hook = self._scheduled.register_step_post_hook(lambda optimizer, *_: self._after_step(optimizer))
-        self._undo.append(hook.remove)
-
-    def _after_step(self, optimizer: Optimizer) -> None:
-        for schedule in self._schedules:
-            schedule.after_step(optimizer)
-
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let schedules see the gradients: whole, unscaled and not clipped yet, in every kind of precision."""
-        if optimizer is self._scheduled:
-            for schedule in self._schedules:
-                schedule.before_step(optimizer)
+        self._schedules.before_step(optimizer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -311,8 +286,7 @@ class LoRACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what schedules say, judge the first batch that had a backward, and drop adapters when it is time."""
-        for schedule in self._schedules:
-            pl_module.log_dict(schedule.metrics())
+        self._schedules.log(pl_module)
         if self._audit is not None and self._audit.backward_ran:
             audit, self._audit = self._audit, None
             audit.stop()
@@ -323,9 +297,7 @@ class LoRACallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the ranks that training came to, where it changed them."""
-        for schedule in self._schedules:
-            if schedule.ranks():
-                rank_zero_info(rank_table(schedule.ranks()))
+        self._schedules.show_ranks()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -348,17 +320,13 @@ class LoRACallback(Callback):
         return {
             "method": type(self.method).__name__,
             "hyperparameters": self.method.hyperparameters(),
-            "schedules": [schedule.state_dict() for schedule in self._schedules],
+            "schedules": self._schedules.state_dicts(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of schedules until this run's optimizers, which they work on, are there."""
-        states = state_dict.get("schedules", [])
-        if self._scheduled is None:
-            self._schedule_states = states
-        for schedule, state in zip(self._schedules, states, strict=False) if self._scheduled is not None else ():
-            schedule.load_state_dict(state)  # what finds learning rates and batch sizes goes back to the start
+        """Hand schedules the state that they had."""
+        self._schedules.load_state_dict(state_dict.get("schedules", []))
 
     def _wrap(self, module: nn.Module, name: str, run: Callable[[Callable[[], Any]], Any]) -> None:
         """Replace a method on this one object until it has run once, or until the run ends."""
@@ -388,10 +356,8 @@ class LoRACallback(Callback):
         if self._audit is not None:
             self._audit.stop()
             self._audit = None
-        for schedule in self._schedules:
-            schedule.end()
+        self._schedules.stop()
         self._found = []
-        self._scheduled = None
 
 
 def _collect(returned: Any) -> tuple[list[Optimizer], list[Any]]:
