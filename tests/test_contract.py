@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import (
     LoRA,
     Method,
+    VeRA,
     inject,
     known_methods,
     load_adapter,
@@ -243,8 +244,8 @@ METHODS: dict[str, Method] = {
     name: cls().at(2, ALPHAS.get(name, 3.0))
     for name, cls in known_methods().items()
     if cls.__module__.startswith("lightning_lora.methods.")
-} | {"LoRA that keeps its start": LoRA(r=2, alpha=3.0, init="pissa")}
-SAME_ADAPTER = ("DyLoRA", "LoRADrop", "LoRAFA")  # outside of a run their adapters are LoRA's, on every layer
+} | {"LoRA that keeps its start": LoRA(r=2, alpha=3.0, init="pissa"), "DVoRA": VeRA(r=2, magnitude=True)}
+NOTHING_OF_THEIR_OWN = ("DyLoRA", "LoRADrop", "LoRAFA", "DVoRA")  # outside of a run, on a layer
 ONE_OF_EACH_WAY = (  # to add adapters to a layer
     "linear",
     "attention",
@@ -259,7 +260,7 @@ ONE_OF_EACH_WAY = (  # to add adapters to a layer
 EVERY_PAIR = [
     pytest.param(kind, method, id=f"{kind}-{name}")
     for name, method in METHODS.items()
-    for kind in (ONE_OF_EACH_WAY if name in SAME_ADAPTER else KINDS)
+    for kind in (ONE_OF_EACH_WAY if name in NOTHING_OF_THEIR_OWN else KINDS)
 ]
 MODES = ["training", "evaluation with gradients", "inference"]
 
@@ -480,6 +481,7 @@ def test_the_folder_is_pefts_where_peft_can_express_it_and_says_why_where_not(
         expected = f"PEFT has {type(method).__name__} on linear layers"
     if in_peft and in_peft["peft_type"] == "HIRA" and kind in HADAMARD_IN_PEFT:
         expected = ""
+    expected = next(filter(None, (site.adapter("default").why_not_peft() for site in sites(model))), expected)
     assert why.startswith(expected) if expected else not why
     assert config["peft_type"] == ("LIGHTNING_LORA" if why else in_peft["peft_type"])
 
