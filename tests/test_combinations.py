@@ -75,7 +75,7 @@ GO: dict[str, Pair] = {
     "LoRA-FA and Delta-LoRA": Pair(DeltaLoRA(r=2, start_step=1, freeze_A=True)),
     "PiSSA and Delta-LoRA": Pair(DeltaLoRA(r=2, start_step=1, init="pissa")),
     "EVA and Delta-LoRA": Pair(DeltaLoRA(r=2, start_step=1, init="eva")),
-    "EVA and LoRA-drop": Pair(LoRADrop(r=2, sample_steps=2, init="eva")),
+    "EVA and LoRA-drop": Pair(LoRADrop(r=2, sample_steps=2, init="eva", reinit=False)),
     "LoRA-Pro and DoRA": Pair(DoRA(r=2, gradient="lora_pro")),
     "Riemannian and LoRA+": plus(LoRA(r=2, gradient="riemannian")),
 }
@@ -93,7 +93,11 @@ NO: dict[int, list[Callable[[], object]]] = {
     11: [lambda: AdaLoRA(init="pissa")],
     12: [lambda init=init: LoRADrop(init=init) for init in ("pissa", "milora", "olora", "lora_ga")],
     13: [lambda: VeRA(init="pissa"), lambda: VeRA(init="eva")],
-    14: [lambda: AdaLoRA(init="eva"), lambda: LoRADrop(init="eva", rank_spread=2.0), lambda: AdaLoRA(threshold=0.9)],
+    14: [
+        lambda: AdaLoRA(init="eva"),
+        lambda: LoRADrop(init="eva", reinit=False, rank_spread=2.0),
+        lambda: AdaLoRA(threshold=0.9),
+    ],
     15: [lambda: AdaLoRA(update_ratio=2.0)],
     16: [lambda: VeRA(target_r=2)],
     17: [lambda: DeltaLoRA(threshold=0.9)],

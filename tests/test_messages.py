@@ -271,6 +271,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: LoRADrop(rest="half")  # type: ignore[arg-type]
         ),
         "rank_spread=2: two rank allocators on one budget": lambda: LoRADrop(init="eva", rank_spread=2),
+        "init='eva' with reinit=True: adapters that start anew would start as LoRA's own, without the data: use "
+        "reinit=False": lambda: LoRADrop(init="eva"),
         "magnitude=True with rest='shared': a shared low-rank pair with per-layer magnitudes is ambiguous: use "
         "rest='none'": lambda: LoRADrop(magnitude=True),
         "sample_ratio=0.1 is a share of the run, and this run has no end: give Trainer(max_steps=...), or "

@@ -97,6 +97,11 @@ class LoRADrop(LoRA):
             raise ValueError(f"rank_spread={self.rank_spread:g}: two rank allocators on one budget")
         if self.rest not in ("shared", "shared_frozen", "none"):
             raise ValueError(f"rest={self.rest!r}: must be 'shared', 'shared_frozen' or 'none'")
+        if self.init == "eva" and self.reinit:
+            raise ValueError(
+                "init='eva' with reinit=True: adapters that start anew would start as LoRA's own, without the data: "
+                "use reinit=False"
+            )
         if self.magnitude and self.rest != "none":
             raise ValueError(
                 f"magnitude=True with rest={self.rest!r}: a shared low-rank pair with per-layer magnitudes is "
