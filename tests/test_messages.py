@@ -985,6 +985,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "method='lora': give a method, for example LoRACallback(LoRA(r=8))": (
             lambda: LoRACallback("lora")  # type: ignore[arg-type]
         ),
+    },
+    ("callbacks/optimizers", ValueError): {
         "configure_optimizers returned no optimizer, so the adapters would not be trained: return one over "
         "self.parameters()": lambda: fit(Lit(lambda module: None)),
         "configure_optimizers gave its optimizer no parameter: it filters by requires_grad and what it chose is "
@@ -1007,6 +1009,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "their layer reads them, or looks rows up, instead of multiplying an input by them": (
             lambda: fit(Attending(), method=LoRA(r=2, dropout=0.1))
         ),
+    },
+    ("callbacks/optimizers", UserWarning): {
         "2 trained parameters (first: net.first.adapters.weight.default.lora_A) were in no optimizer, because "
         "configure_optimizers chose others: they were added to its only group. Pass self.parameters() to say so. "
         "What it chose is frozen (first: net.second.weight); to train that too, list it in modules_to_save.": (

@@ -322,7 +322,7 @@ class Captured(Lit):
 def test_trap_06_an_optimizer_built_before_injection_holds_no_adapter(trainer: Any, monkeypatch: Any) -> None:
     naive = Captured()
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.callbacks.lora.place", lambda *_: None)
+        patch.setattr("lightning_lora.callbacks.optimizers.place", lambda *_: None)
         trainer(callbacks=[callback()]).fit(naive, loader())
     assert not any(factor.any() for factor in state(naive, "lora_B").values())
     assert naive.losses[4:] == naive.losses[:4]
@@ -341,7 +341,7 @@ def head_in_a_group(module: Lit) -> Optimizer:
 def test_trap_07_a_head_that_has_a_group_of_its_own_is_frozen(trainer: Any, monkeypatch: Any) -> None:
     naive = Lit(head_in_a_group)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.callbacks.lora.place", lambda *_: None)
+        patch.setattr("lightning_lora.callbacks.optimizers.place", lambda *_: None)
         trainer(callbacks=[callback(target_modules=["first"])], max_epochs=4).fit(naive, loader())
     assert torch.equal(naive.net.second.weight, Lit().net.second.weight), "a new head would stay as it was drawn"
     assert fell(naive)
@@ -384,7 +384,7 @@ def test_trap_08_frozen_parameters_in_the_groups_are_changed_by_what_walks_over_
 ) -> None:
     naive = Lit()
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.callbacks.lora.place", lambda *_: None)
+        patch.setattr("lightning_lora.callbacks.optimizers.place", lambda *_: None)
         trainer(callbacks=[DecaysByHand(), callback(audit=False)]).fit(naive, loader())
     assert not any(torch.equal(tensor, base(Lit())[name]) for name, tensor in base(naive).items())
 

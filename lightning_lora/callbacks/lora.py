@@ -38,6 +38,7 @@ from lightning_lora.callbacks.guards import (
     tied_to_frozen,
     without_dropout,
 )
+from lightning_lora.callbacks.optimizers import built_optimizers
 from lightning_lora.callbacks.schedules import Schedules
 from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import LR_EMBEDDING, check_ratio, link, split
@@ -45,9 +46,8 @@ from lightning_lora.inject import Bias, inject
 from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
-from lightning_lora.optim import place
 from lightning_lora.report import table, totals
-from lightning_lora.sites import Site, hidden, sites
+from lightning_lora.sites import Site, sites
 
 _ABSENT = object()
 
@@ -197,27 +197,7 @@ class LoRACallback(Callback):
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
 
     def _configure_optimizers(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
-        try:
-            returned = build()
-        except (AssertionError, KeyError):  # it counts or looks up parameters by names and classes that it knows
-            with hidden(pl_module):
-                returned = build()
-        except ValueError as error:
-            if "empty parameter list" not in str(error):
-                raise
-            raise ValueError(
-                "configure_optimizers gave its optimizer no parameter: it filters by requires_grad and what it chose "
-                "is frozen now; list that module in LoRACallback(modules_to_save=[...])"
-            ) from error
-        optimizers, schedulers = _collect(returned)
-        if not optimizers:
-            raise ValueError(
-                "configure_optimizers returned no optimizer, so the adapters would not be trained: return one over "
-                "self.parameters()"
-            )
-        doubt = place(pl_module, optimizers)
-        if doubt is not None:
-            rank_zero_warn(doubt)
+        returned, optimizers, schedulers = built_optimizers(pl_module, build)
         for optimizer in optimizers:
             self._split(pl_module, optimizer)
         for scheduler in schedulers:
@@ -358,15 +338,3 @@ class LoRACallback(Callback):
             self._audit = None
         self._schedules.stop()
         self._found = []
-
-
-def _collect(returned: Any) -> tuple[list[Optimizer], list[Any]]:
-    """Return the optimizers and schedulers in whatever nesting ``configure_optimizers`` returned them."""
-    if hasattr(returned, "param_groups"):  # Lightning accepts optimizers without torch's base class
-        return [returned], []
-    if isinstance(returned, dict):
-        returned = list(returned.values())
-    if isinstance(returned, list | tuple):
-        found = [_collect(item) for item in returned]
-        return [o for optimizers, _ in found for o in optimizers], [s for _, schedulers in found for s in schedulers]
-    return ([], [returned]) if hasattr(returned, "step") else ([], [])
