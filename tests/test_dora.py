@@ -537,6 +537,31 @@ def test_it_compiles_with_the_exact_gradient_too() -> None:
         assert parameter.grad is None or close(parameter.grad, gradients[name])
 
 
+class Tied(nn.Module):
+    """An embedding whose weight is the output layer's too; ``head_first`` is the order in which the two are found."""
+
+    def __init__(self, head_first: bool) -> None:
+        super().__init__()
+        layers = {"embedding": nn.Embedding(7, 5), "head": nn.Linear(5, 7, bias=False)}
+        for name in reversed(layers) if head_first else layers:
+            self.add_module(name, layers[name])
+        self.head.weight = self.embedding.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(index)))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_tied_layers_compute_with_one_adapted_weight_though_only_one_of_them_has_its_units_as_outputs(
+    head_first: bool,
+) -> None:
+    model, index = Tied(head_first).double(), torch.arange(7)
+    inject(model, DoRA(r=2), ["embedding", "head"])
+    change(model)
+    expected = model(index)
+    assert close(merge_(model)(index), expected)
+
+
 def test_lora_after_dora_changes_what_dora_made() -> None:
     model, plain = adapted("linear", DORA), base("linear")
     inject(model, LoRA(r=1), task="second", seed=3)
