@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import pytest
@@ -184,3 +184,10 @@ def test_a_pair_that_does_not_go_raises_with_the_reason_on_the_page(number: int,
 
 def test_every_reason_of_the_page_is_tried_but_that_of_two_values_for_one_field() -> None:
     assert set(reasons()) == {*NO, 10}
+
+
+def test_the_loop_by_hand_on_the_page_runs_and_ends_at_the_ranks_that_it_asks_for() -> None:
+    loop = PAGE.read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(loop, names)
+    assert sum(names["schedules"][0].ranks().values()) == 2 * names["method"].target_r
