@@ -177,6 +177,18 @@ def remove(model: nn.Module, task: str | None = None, only: Collection[str] | No
         allow_inference_kernels(model)
 
 
+def restructures(model: nn.Module, method: Method, task: str) -> bool:
+    """Tell whether a model has a task's adapters by a method that changes ranks or sites: those that are there count.
+
+    Args:
+        model: Any model.
+        method: The method.
+        task: The task.
+    """
+    present = next((site.adapter(task).method for site in sites(model, task)), None)
+    return present is not None and method.restructures and present == method.at(present.r, present.alpha)
+
+
 def check_task_name(task: str) -> None:
     """Raise ``ValueError`` unless a task's name is short and safe in file names and module names."""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task) or hasattr(Slot("weight", Layout()), task):

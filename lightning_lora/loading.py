@@ -23,7 +23,7 @@ from lightning_lora.description import (
 )
 from lightning_lora.files import AdapterError, read_tensors, some
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
-from lightning_lora.inject import check_task_name, insert, remove
+from lightning_lora.inject import check_task_name, insert, remove, restructures
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
@@ -166,13 +166,11 @@ def restructure(model: nn.Module, described: Mapping[str, Any], path: object) ->
     """
     check_description(described, path)
     task = described["task"]
-    present = [site.adapter(task).method for site in sites(model, task)][:1]
     theirs = methods_of(described, path)
     ours = {site.name: site.adapter(task).method for site in sites(model, task)}
-    first = next(iter(theirs.values()))
     if ours == theirs and shares(model, task) == shares_of(described):
         return
-    if present and present[0].restructures and present[0] == first.at(present[0].r, present[0].alpha):
+    if restructures(model, next(iter(theirs.values())), task):
         remove(model, task)
         adopt(model, described, path, allow_base_mismatch=True)
 

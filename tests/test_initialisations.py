@@ -507,6 +507,17 @@ def test_a_trainer_starts_from_its_training_data_and_a_resumed_run_is_the_uninte
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_testing_after_the_fit_keeps_the_ranks_that_the_start_chose(trainer: Callable[..., L.Trainer]) -> None:
+    module, run, data = Lit(), trainer(callbacks=[LoRACallback(LoRA(r=2, init="eva", rank_spread=2.0))]), loader()
+    data.dataset.tensors[0][:, 1:] *= 1e-3  # the first layer's inputs have one direction
+    run.fit(module, data)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert {site.adapter("default").method.r for site in sites(module)} == {1, 3}
+    run.test(module, data)
+    assert before.keys() == module.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_eva_lets_a_frozen_A_reach_most_of_the_gradient() -> None:
     X, reached = torch.cat(batches()), {}
     G = data(len(X), 5).mT @ X  # of a linear layer whose outputs have any gradient

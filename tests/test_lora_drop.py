@@ -401,6 +401,15 @@ def test_one_fit_samples_selects_and_trains_on(rest: Any, trainer: Callable[...,
     assert all(site.adapter("default").lora_B.any() for site in sites(module))
 
 
+@pytest.mark.parametrize("rest", ["shared", "none"])
+def test_testing_after_the_fit_keeps_the_adapters_that_it_left(rest: Any, trainer: Callable[..., L.Trainer]) -> None:
+    module, run = fit(trainer, LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest))
+    before, sharing = values(module), shares(module, "default")
+    run.test(module, loader(1))
+    assert same(values(module), before)
+    assert shares(module, "default") == sharing
+
+
 def test_the_sample_is_a_share_of_the_steps_of_the_run(trainer: Callable[..., L.Trainer]) -> None:
     _, run = fit(trainer, LoRADrop(r=2, sample_ratio=0.25), accumulate_grad_batches=2)
     assert sample_of(run).steps == 2  # of 2 epochs of 4 steps

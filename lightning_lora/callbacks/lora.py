@@ -42,7 +42,7 @@ from lightning_lora.callbacks.optimizers import built_optimizers
 from lightning_lora.callbacks.schedules import Schedules
 from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import LR_EMBEDDING, check_ratio, link, split
-from lightning_lora.inject import Bias, inject
+from lightning_lora.inject import Bias, inject, restructures
 from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
@@ -161,20 +161,8 @@ class LoRACallback(Callback):
                 f"{type(pl_module).__name__} built its layers anew, so what was trained in it is gone and its adapters "
                 "are fresh: pass ckpt_path, or let it build only what is not there yet"
             )
-        seed = os.environ.get("PL_GLOBAL_SEED")  # the same on every rank, which PyTorch's own seed need not be
-        self._found = inject(
-            pl_module,
-            self.method,
-            self.target_modules,
-            exclude_modules=self.exclude_modules,
-            modules_to_save=self.modules_to_save,
-            bias=self.bias,
-            rank_pattern=self.rank_pattern,
-            alpha_pattern=self.alpha_pattern,
-            fused=self.fused,
-            seed=int(seed) if seed is not None else 0,
-            dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
-        )
+        restructured = restructures(pl_module, self.method, TASK)  # an earlier run chose ranks and places
+        self._found = sites(pl_module, TASK) if restructured else self._injected(pl_module)
         if len(self._found) > known:
             tied = tied_to_frozen(pl_module)
             if tied is not None:
@@ -195,6 +183,22 @@ class LoRACallback(Callback):
             check_norms(trainer, pl_module)
             check_droppable(trainer, pl_module, self.method)
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
+
+    def _injected(self, pl_module: LightningModule) -> list[Site]:
+        seed = os.environ.get("PL_GLOBAL_SEED")  # the same on every rank, which PyTorch's own seed need not be
+        return inject(
+            pl_module,
+            self.method,
+            self.target_modules,
+            exclude_modules=self.exclude_modules,
+            modules_to_save=self.modules_to_save,
+            bias=self.bias,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            fused=self.fused,
+            seed=int(seed) if seed is not None else 0,
+            dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
+        )
 
     def _configure_optimizers(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
         returned, optimizers, schedulers = built_optimizers(pl_module, build)
