@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.adapter import Adapter, Role
+from lightning_lora.adapter import Role
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
@@ -79,16 +79,8 @@ class DeltaLoRA(LoRA):
             )
 
     @override
-    def build(
-        self,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layout: Layout | None = None,
-    ) -> Adapter:
-        return DeltaLoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+    def kind(self) -> type[LoRAAdapter]:
+        return DeltaLoRAAdapter
 
     @override
     def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:

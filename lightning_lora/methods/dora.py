@@ -45,22 +45,18 @@ class DoRA(LoRA):
     lowest_rank: ClassVar[int] = 0
     detach_norm: bool = True
 
-    def build(
-        self,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layout: Layout | None = None,
-    ) -> Adapter:
+    def kind(self) -> type[LoRAAdapter]:
+        """Return the class of its adapters."""
+        return DoRAAdapter
+
+    def build(self, shape: tuple[int, ...], **factory: Any) -> Adapter:
         """Create the adapter of one (out, in) matrix, or of a stack of them."""
-        adapter = DoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+        adapter: Any = super().build(shape, **factory)
         adapter.detach_norm = self.detach_norm
         if self.r == 0:  # what is empty gets no gradient, which the optimizer and DDP would wait for
             adapter.lora_A.requires_grad_(False)
             adapter.lora_B.requires_grad_(False)
-        return adapter
+        return adapter  # type: ignore[no-any-return]
 
     def peft_config(self) -> dict[str, Any]:
         """Return PEFT's names for these fields."""

@@ -29,9 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.adapter import Adapter
 from lightning_lora.initialisations import KEEPS_START
-from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
 
@@ -64,16 +62,8 @@ class DyLoRA(LoRA):
             )
 
     @override
-    def build(
-        self,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layout: Layout | None = None,
-    ) -> Adapter:
-        return DyLoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+    def kind(self) -> type[LoRAAdapter]:
+        return DyLoRAAdapter
 
     @override
     def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:

@@ -14,13 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.adapter import Adapter
 from lightning_lora.initialisations import KEEPS_START
-from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 
 
@@ -56,16 +53,8 @@ class HiRA(LoRA):
             )
 
     @override
-    def build(
-        self,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layout: Layout | None = None,
-    ) -> Adapter:
-        return HiRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+    def kind(self) -> type[LoRAAdapter]:
+        return HiRAAdapter
 
     @override
     def peft_config(self) -> dict[str, Any]:

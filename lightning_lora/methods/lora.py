@@ -123,7 +123,11 @@ class LoRA(Method):
         layout: Layout | None = None,
     ) -> Adapter:
         """Create the adapter of one (out, in) matrix, or of a stack of them, with all the directions that it takes."""
-        return LoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+        return self.kind()(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+
+    def kind(self) -> type[LoRAAdapter]:
+        """Return the class of its adapters."""
+        return LoRAAdapter
 
     def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:
         """Return what changes the gradients, if anything does."""

@@ -18,11 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
-from lightning_lora.adapter import Adapter
 from lightning_lora.initialisations import KEEPS_START
-from lightning_lora.layout import Layout, whole_number
+from lightning_lora.layout import whole_number
 from lightning_lora.methods.dora import DoRAAdapter
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
@@ -108,18 +105,9 @@ class LoRADrop(LoRA):
                 "ambiguous: use rest='none'"
             )
 
-    def build(
-        self,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layout: Layout | None = None,
-    ) -> Adapter:
-        """Create the adapter of one (out, in) matrix, or of a stack of them."""
-        kind = DoRAAdapter if self.magnitude else LoRAAdapter
-        return kind(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+    def kind(self) -> type[LoRAAdapter]:
+        """Return DoRA's adapter where there are magnitudes."""
+        return DoRAAdapter if self.magnitude else LoRAAdapter
 
     def peft_config(self) -> dict[str, Any] | None:
         """Return PEFT's names for these fields."""

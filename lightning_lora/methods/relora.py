@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.adapter import Adapter, Role
+from lightning_lora.adapter import Role
 from lightning_lora.initialisations import KEEPS_START
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
@@ -83,16 +83,8 @@ class ReLoRA(LoRA):
             raise ValueError(f"prune={self.prune!r}: must be from 0 to 1, such as prune=0.99")
 
     @override
-    def build(
-        self,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layout: Layout | None = None,
-    ) -> Adapter:
-        return ReLoRAAdapter(self, shape, seed=seed, device=device, dtype=dtype, layout=layout or Layout())
+    def kind(self) -> type[LoRAAdapter]:
+        return ReLoRAAdapter
 
     @override
     def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:
