@@ -66,6 +66,17 @@ def official_roles(model: nn.Module) -> dict[Tensor, str]:
     return found
 
 
+def weight_decays(role_weight_decay: Mapping[Role, float] | None, official_grouping: bool) -> dict[str, float]:
+    """Return the weight decay of each group that has its own.
+
+    Args:
+        role_weight_decay: By role.
+        official_grouping: Whether groups are those of LoRA+'s released code.
+    """
+    decay = {"B_no_decay": 0.0} if official_grouping else {}
+    return decay | {str(role): value for role, value in (role_weight_decay or {}).items()}
+
+
 def group_name(role: str) -> str:
     """Return a role's name in a group, as learning-rate monitors show it."""
     return f"lora_{role}" if role in ("A", "B", "B_no_decay") else role
@@ -114,8 +125,7 @@ def split(
         ValueError: If the optimizer cannot have several groups.
     """
     check_ratio(lr_ratio)
-    decay = {"B_no_decay": 0.0} if official_grouping else {}
-    plan = _Plan({**decay, **{str(role): value for role, value in (role_weight_decay or {}).items()}})
+    plan = _Plan(weight_decays(role_weight_decay, official_grouping))
     special = {*plan.weight_decay, *(("B",) if lr_ratio != 1 else ()), *(("embedding",) if official_grouping else ())}
     has_hooks = hasattr(optimizer, "register_step_pre_hook")
     one_group = isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__name__ == "ZeroRedundancyOptimizer"

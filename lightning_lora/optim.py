@@ -20,6 +20,7 @@ from lightning_lora.derived_groups import (
     keep,
     official_roles,
     roles,
+    weight_decays,
 )
 from lightning_lora.sites import clean, sites
 
@@ -58,8 +59,7 @@ def param_groups(
     """
     check_ratio(lr_ratio, {adapter.method for site in sites(model) for adapter in site.slot.values()})  # type: ignore[misc]
     role_of: Mapping[Tensor, str] = official_roles(model) if official_grouping else roles(model)
-    decay = {"B_no_decay": 0.0} if official_grouping else {}
-    decay |= {str(role): value for role, value in (role_weight_decay or {}).items()}
+    decay = weight_decays(role_weight_decay, official_grouping)
     members: dict[str, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.quantized import number_of_values
-from lightning_lora.sites import Site, pattern
+from lightning_lora.sites import NUMBER, Site, pattern
 
 _FILE_WIDTH = 200  # a log file has no width of its own, and rich would take 80 columns
 COLUMNS = ("site", "count", "shape (out, in)", "r", "alpha", "parameters")
@@ -191,7 +190,7 @@ def _by_kind(ranks: Mapping[str, int]) -> tuple[dict[str, dict[int | None, int]]
     """Return the ranks by kind of matrix and depth, and all depths; None is that of names without a number."""
     grid: dict[str, dict[int | None, int]] = {}
     for name, rank in ranks.items():
-        number = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
+        number = NUMBER.search(name)
         depth = None if number is None else int(number[0])
         kind = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
         grid.setdefault(kind.removesuffix(".weight"), {})[depth] = rank

@@ -13,6 +13,8 @@ from torch import nn
 from lightning_lora.adapter import Adapter
 from lightning_lora.layout import Layout
 
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # a layer's number in a name
+
 
 class Slot(nn.ModuleDict):
     """The adapters of one parameter, or of some of its rows, by task.
@@ -133,7 +135,7 @@ def sites(model: nn.Module, task: str | None = None) -> list[Site]:
 
 def pattern(name: str) -> str:
     """Return a site's name with a star for each number, which is the same for like layers."""
-    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+    return NUMBER.sub("*", name)
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:

@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Role
-from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
 
@@ -107,17 +106,8 @@ class DeltaLoRAAdapter(LoRAAdapter):
 
     roles: ClassVar[dict[str, Role]] = {**LoRAAdapter.roles, "snapshot_A": "A", "snapshot_B": "B"}
 
-    def __init__(
-        self,
-        method: DeltaLoRA,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layout: Layout,
-    ) -> None:
-        super().__init__(method, shape, seed=seed, device=device, dtype=dtype, layout=layout)
+    def __init__(self, method: DeltaLoRA, shape: tuple[int, ...], **factory: Any) -> None:
+        super().__init__(method, shape, **factory)
         self.update_ratio = method.update_ratio
         self.propagates = False
         self.snapshot_A = nn.Parameter(torch.zeros_like(self.lora_A), requires_grad=False)

@@ -28,7 +28,6 @@ from typing_extensions import override
 
 from lightning_lora.adapter import Role
 from lightning_lora.initialisations import KEEPS_START
-from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.schedule import Schedule
 
@@ -114,17 +113,8 @@ class ReLoRAAdapter(LoRAAdapter):
 
     roles: ClassVar[dict[str, Role]] = {**LoRAAdapter.roles, "folded_A": "A", "folded_B": "B"}
 
-    def __init__(
-        self,
-        method: ReLoRA,
-        shape: tuple[int, ...],
-        *,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        layout: Layout,
-    ) -> None:
-        super().__init__(method, shape, seed=seed, device=device, dtype=dtype, layout=layout)
+    def __init__(self, method: ReLoRA, shape: tuple[int, ...], **factory: Any) -> None:
+        super().__init__(method, shape, **factory)
         self.restarts, self.folds = method.restarts, 0
         room = method.restarts * method.r
         self.folded_A = nn.Parameter(self.lora_A.new_zeros(*shape[:-2], room, shape[-1]), requires_grad=False)
