@@ -1,6 +1,7 @@
 """LoRA for any PyTorch Lightning model, by adding one callback."""
 
 from lightning_lora import methods as methods
+from lightning_lora import strategies as strategies
 from lightning_lora.callbacks import AdapterEMA, LoRACallback
 from lightning_lora.checkpoints import load_from_checkpoint
 from lightning_lora.data_starts import start_from_data

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.description import describe, fingerprint
+from lightning_lora.description import base_weights, describe
 from lightning_lora.files import SECTION, AdapterError, some, write_file, write_folder
 from lightning_lora.loading import adopt, check_same, restructure
 from lightning_lora.merge import check_not_merged, merge_
@@ -73,19 +73,21 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         check_not_merged(self.module, "save a checkpoint")
-        ours = own_entries(self.module)
-        own_state = {name: tensor for name, tensor in state.items() if name in ours}
+        ours = {clean(name) for name in own_entries(self.module)}
+        own_state = {name: tensor for name, tensor in state.items() if clean(name) in ours}
         if len(own_state) < len(ours):
-            absent = sorted(ours - own_state.keys())
+            absent = sorted(ours - {clean(name) for name in own_state})
             raise AdapterError(
                 f"{path}: not written, because state_dict() of {type(self.module).__name__} leaves out "
                 f"{some(absent)}: do not override it, the base is kept out of checkpoints without that"
             )
-        slim = _without(checkpoint, {name: None if name in ours else _shape(value) for name, value in state.items()})
+        slim = _without(
+            checkpoint, {name: None if name in own_state else _shape(value) for name, value in state.items()}
+        )
         slim["state_dict"] = {**own_state, MARKER: torch.empty(0)}
         found = sites(self.module, TASK)
-        prints = fingerprint(found)  # once, for the checkpoint and the folder
-        slim[SECTION] = describe(self.module, found, TASK, "", trained_in_full(self.module), prints)
+        bases = base_weights(found)  # once, for the checkpoint and the folder
+        slim[SECTION] = describe(self.module, found, TASK, "", trained_in_full(self.module), bases)
         if is_remote(path):
             super().save_checkpoint(slim, path, storage_options)
             rank_zero_warn(
@@ -96,7 +98,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
             if os.path.islink(path):  # what `save_last="link"` left: the checkpoint that it points to stays as it is
                 os.unlink(path)
             super().save_checkpoint(slim, path, storage_options)
-            write_folder(adapter_folder(path), folder_contents(self.module, own_state, TASK, prints))
+            write_folder(adapter_folder(path), folder_contents(self.module, own_state, TASK, bases))
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

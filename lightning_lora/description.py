@@ -17,15 +17,16 @@ from lightning_lora.layout import Layout, whole_number
 from lightning_lora.method import Method, known_methods
 from lightning_lora.peft_layers import FORMS
 from lightning_lora.quantized import identifying_values
+from lightning_lora.sharding import take
 from lightning_lora.sharing import shares
-from lightning_lora.sites import Site, clean, join, relative, slots_at, tied_names
+from lightning_lora.sites import BaseWeight, Site, clean, join, relative, slots_at, slots_of, tied_names
 
 _BLOCKS, _BLOCK = 64, 64
 _LONGEST = 2**40  # of a dimension
 
 
 def describe(
-    model: nn.Module, found: list[Site], task: str, root: str, full: set[str], prints: Mapping[str, str | None]
+    model: nn.Module, found: list[Site], task: str, root: str, full: set[str], bases: Mapping[str, BaseWeight]
 ) -> dict[str, Any]:
     """Return what a file says about its tensors, in plain types.
 
@@ -35,7 +36,7 @@ def describe(
         task: Their task.
         root: The network's name in the model; site names are written relative to it.
         full: Names, relative to the root, of what is trained in full.
-        prints: The `fingerprint` of the sites, or of more.
+        bases: The `base_weights` of the sites, or of more.
     """
     methods = {site.name: site.adapter(task).method for site in found}
     first = next(iter(methods.values()))
@@ -44,8 +45,8 @@ def describe(
         relative(site.name, root): {
             "r": methods[site.name].r,
             "alpha": methods[site.name].alpha,
-            "base": prints[site.name],
-            "size": list((kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)),
+            "base": bases[site.name].digest,
+            "size": list(bases[site.name].size),
             "layout": site.slot.layout.described(),
             "tied": [relative(name, root) for name in tied[site.name]],
             "tied_to": [name.removeprefix(f"{root}.") for name in shared[site.name]],
@@ -220,13 +221,33 @@ def redrawn(described: Mapping[str, Any], path: object) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: {error}") from None
 
 
-def fingerprint(found: list[Site]) -> dict[str, str | None]:
-    """Return the digest of each site's base weight, by site name; None where there are no values that stay.
+def base_weights(found: list[Site]) -> dict[str, BaseWeight]:
+    """Return what there is to say of each site's base weight, by site name, as noted or as it is now.
 
     Args:
-        found: Sites whose weights hold the base's values.
+        found: Sites whose weights hold the base's values; if these are sharded each process has to call this.
     """
-    return {site.name: digest(identifying_values(site.module, site.parameter)) for site in found}
+    return {site.name: _noted(site) or _base_weight(site) for site in found}
+
+
+def note_base_weights(found: list[Site]) -> None:
+    """Keep what there is to say of each site's base weight now, for a time when it cannot be looked at.
+
+    Args:
+        found: As for `base_weights`.
+    """
+    for site in found:
+        site.slot.base_weight = _noted(site) or _base_weight(site)
+
+
+def _noted(site: Site) -> BaseWeight | None:
+    slot = slots_of(site.module).get(site.name.rpartition(".")[2])
+    return None if slot is None else slot.base_weight
+
+
+def _base_weight(site: Site) -> BaseWeight:
+    size = (kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)
+    return BaseWeight(digest(identifying_values(site.module, site.parameter)), tuple(size))
 
 
 @torch.no_grad()
@@ -237,15 +258,14 @@ def digest(weight: Tensor | None) -> str | None:
     none.
 
     Args:
-        weight: Any tensor; None is a weight that is computed, which has no digest.
+        weight: Any tensor, also a sharded one; None is a weight that is computed, which has no digest.
     """
     if weight is None or weight.is_meta:
         return None
-    flat = weight.detach().reshape(-1)
-    last = max(0, flat.numel() - _BLOCK)
-    starts = torch.arange(_BLOCKS, device=flat.device) * last // (_BLOCKS - 1)  # whole numbers: alike on every device
-    index = (starts[:, None] + torch.arange(min(_BLOCK, flat.numel()), device=flat.device)).reshape(-1)
-    sample = flat[index]
+    last = max(0, weight.numel() - _BLOCK)
+    starts = torch.arange(_BLOCKS, device=weight.device) * last // (_BLOCKS - 1)  # whole numbers: alike on every device
+    index = (starts[:, None] + torch.arange(min(_BLOCK, weight.numel()), device=weight.device)).reshape(-1)
+    sample = take(weight.detach(), index)
     sample = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
     digest = hashlib.sha256(str(list(weight.shape)).encode())
     digest.update(sample.cpu().view(torch.uint8).numpy().data)

@@ -19,6 +19,7 @@ from lightning_lora.layers.seam import Called, replaced_forward, unswap
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.quantized import allow_inference_kernels, dense_weight, format_of, keep_differentiable
+from lightning_lora.sharding import is_sharded, split_by_columns
 from lightning_lora.shared_tensors import join_shared
 from lightning_lora.sites import Site, Slot, clean, sites, slots_of
 from lightning_lora.state import mark_trained_in_full, marked, unmark
@@ -41,6 +42,7 @@ def inject(
     task: str = "default",
     seed: int | None = None,
     dtype: torch.dtype | None = None,
+    sharded: bool = False,
 ) -> list[Site]:
     """Adapt matrices of a model in place and freeze the rest; calling it again with the same arguments does nothing.
 
@@ -62,6 +64,8 @@ def inject(
         seed: Seed of the adapters' random numbers (each mixes in its name, so it does not depend on the order);
             None takes PyTorch's current one.
         dtype: Floating-point type of the adapters; None takes fp32, or the layer's own where that is wider.
+        sharded: Adapt weights that ``fully_shard`` has divided too. Adapters are whole on every process, and whoever
+            trains them has to average their gradients, as the strategy ``lora_fsdp2`` does.
 
     Returns:
         The sites of this task.
@@ -73,6 +77,7 @@ def inject(
     if bias not in ("none", "lora_only", "all"):
         raise ValueError(f"bias={bias!r}: must be 'none', 'lora_only' or 'all'")
     targets = find_targets(model, target_modules, exclude_modules, modules_to_save, fused)
+    _check_shards(model, [one.site for one in targets if not _is_there(one, task)], sharded)
     ranks = choose_values(rank_pattern or {}, targets, "rank_pattern")
     alphas = choose_values(alpha_pattern or {}, targets, "alpha_pattern")
     saved = find_modules_to_save(model, modules_to_save)
@@ -83,7 +88,7 @@ def inject(
     insert(model, [(one, methods[one.site.name]) for one in targets], task, seed=seed, dtype=dtype)
     join_shared(model, task)
     for site in sites(model, task):
-        if site.adapter(task).waits_for_weight:
+        if site.adapter(task).waits_for_weight and not is_sharded(site.weight):  # then at the first forward
             site.adapter(task).start(site.slot.layout.matrix(dense_weight(site.module, site.parameter)))
     for module, name in saved:
         _train_in_full(module, name)
@@ -122,7 +127,6 @@ def insert(
         for site in (one.site, *one.tied):
             _check_layer(site)
     _check_forwards(model, [one for one, _ in new])
-    _check_not_sharded([one.site for one, _ in new])
     _check_one_method(model, [method for _, method in new], task)
     seed = torch.initial_seed() if seed is None else seed
     built: dict[str, Adapter] = {}
@@ -207,11 +211,14 @@ def _check_shapes(model: nn.Module) -> None:
             )
 
 
+def _is_there(one: Candidate, task: str) -> bool:
+    return task in slots_of(one.site.module).get(one.site.name.rpartition(".")[2], {})
+
+
 def _has_already(one: Candidate, method: Method, task: str) -> bool:
-    slot = slots_of(one.site.module).get(one.site.name.rpartition(".")[2])
-    if slot is None or task not in slot:
+    if not _is_there(one, task):
         return False
-    present = slot[task].method
+    present = one.site.adapter(task).method
     if present != method:
         raise ValueError(
             f"{one.site.name} already has the adapter {task!r} with {present}, not {method}: "
@@ -254,14 +261,21 @@ def _check_layer(site: Site) -> None:
         )
 
 
-def _check_not_sharded(new: Sequence[Site]) -> None:
-    """Refuse weights that are DTensors: nothing would keep the adapters of several processes alike."""
-    sharded = [site.name for site in new if hasattr(site.weight, "device_mesh")]
-    if sharded:
+def _check_shards(model: nn.Module, new: Sequence[Site], allowed: bool) -> None:
+    """Refuse divided weights where nothing keeps the adapters of several processes alike, or they would not fit."""
+    divided = [site.name for site in new if is_sharded(site.weight)]
+    if divided and not allowed:
         raise ValueError(
-            f"{len(sharded)} of the chosen weights were sharded before their adapters came (first: {sharded[0]}, a "
+            f"{len(divided)} of the chosen weights were sharded before their adapters came (first: {divided[0]}, a "
             "DTensor), so every process would train adapters of its own: call inject(...) before fully_shard(...); "
-            "with a Trainer leave out fully_shard and parallelize_module in configure_model and use strategy='ddp'"
+            "with a Trainer use strategy='lora_fsdp2'"
+        )
+    parallel = sorted({clean(name) for name in split_by_columns(model)} & set(divided))
+    if parallel:
+        raise ValueError(
+            f"{len(parallel)} of the chosen weights are divided by tensor parallelism (first: {parallel[0]}): what "
+            "their layers give is divided too, and adapters are whole: leave out parallelize_module and let "
+            "fully_shard alone divide the model"
         )
 
 

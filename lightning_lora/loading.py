@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_lora.adapter import SHARED
 from lightning_lora.candidates import Candidate, candidates
 from lightning_lora.description import (
+    base_weights,
     check_description,
-    fingerprint,
     layouts_of,
     methods_of,
     redrawn,
@@ -278,9 +278,11 @@ def _described(
 
 def check_base(path: object, found: list[Site], bases: list[str | None]) -> None:
     """Raise ``AdapterError`` if a site's base weight is not the one that was fingerprinted; None means not known."""
-    now = fingerprint(found)
+    now = base_weights(found)
     other = [
-        s.name for s, base in zip(found, bases, strict=True) if None not in (base, now[s.name]) and base != now[s.name]
+        s.name
+        for s, base in zip(found, bases, strict=True)
+        if None not in (base, now[s.name].digest) and base != now[s.name].digest
     ]
     if other:
         raise AdapterError(

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_lora import peft_format
 from lightning_lora.adapter import stored_factors
-from lightning_lora.description import describe, fingerprint
+from lightning_lora.description import base_weights, describe
 from lightning_lora.files import SCHEMA, to_bytes, write_folder
 from lightning_lora.merge import check_not_merged
-from lightning_lora.sites import Site, clean, join, named_submodules, relative, sites, tied_names
+from lightning_lora.sites import BaseWeight, Site, clean, join, named_submodules, relative, sites, tied_names
 from lightning_lora.state import own_entries, trained_in_full
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,11 +48,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "de
             raise FileExistsError(f"{path} holds other files, such as {others[0]}: give the adapter its own folder")
     ours = own_entries(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
-    write_folder(path, folder_contents(model, state, task, fingerprint(sites(model, task))))
+    write_folder(path, folder_contents(model, state, task, base_weights(sites(model, task))))
 
 
 def folder_contents(
-    model: nn.Module, state: Mapping[str, Tensor], task: str, prints: Mapping[str, str | None]
+    model: nn.Module, state: Mapping[str, Tensor], task: str, bases: Mapping[str, BaseWeight]
 ) -> dict[str, bytes]:
     """Return the files of an adapter folder, by relative path.
 
@@ -60,7 +60,7 @@ def folder_contents(
         model: The adapted model, for its names.
         state: Our entries of its state dict, or of a checkpoint's.
         task: The task to write.
-        prints: The `fingerprint` of the task's sites.
+        bases: The `base_weights` of the task's sites.
 
     Raises:
         ValueError: If the model has no such task.
@@ -76,7 +76,7 @@ def folder_contents(
     for root in sorted(set(roots.values())):
         inside = {site.name: site for site in found if roots[site.name] == root}
         full_inside = {relative(name, root) for name in full if _innermost(name, roots.values()) == root}
-        contents |= _network_files(model, root, inside, full_inside, state, task, prints, len(set(roots.values())) > 1)
+        contents |= _network_files(model, root, inside, full_inside, state, task, bases, len(set(roots.values())) > 1)
     outside = {name: state[name] for name in full if _innermost(name, roots.values()) is None}
     if outside:
         contents[OUTSIDE] = to_bytes(outside, {"schema": SCHEMA, "task": task, "trained_in_full": sorted(outside)})
@@ -90,11 +90,11 @@ def _network_files(
     full: set[str],
     state: Mapping[str, Tensor],
     task: str,
-    prints: Mapping[str, str | None],
+    bases: Mapping[str, BaseWeight],
     several: bool,
 ) -> dict[str, bytes]:
     network = named_submodules(model)[root]
-    described = describe(model, list(inside.values()), task, root, full, prints)
+    described = describe(model, list(inside.values()), task, root, full, bases)
     found = {relative(name, root): site for name, site in inside.items()}
     methods = {name: site.adapter(task).method for name, site in found.items()}
     tied = {relative(name, root) for name, others in tied_names(model).items() if others}

@@ -16,6 +16,18 @@ from lightning_lora.layout import Layout
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # a layer's number in a name
 
 
+class BaseWeight(NamedTuple):
+    """What files say of an adapted weight.
+
+    Attributes:
+        digest: Of its values; None where there are none that stay.
+        size: Its size.
+    """
+
+    digest: str | None
+    size: tuple[int, ...]
+
+
 class Slot(nn.ModuleDict):
     """The adapters of one parameter, or of some of its rows, by task.
 
@@ -27,6 +39,7 @@ class Slot(nn.ModuleDict):
         active: The tasks in use, in the order in which their changes are added.
         merged: Whether the parameter holds its merged value, so that nothing is to be added.
         shadowed: Whether a reader has put the adapted weight in place for the length of its forward.
+        base_weight: What is known of the parameter, where it was noted because it cannot be looked at any time.
     """
 
     def __init__(self, parameter: str, layout: Layout) -> None:
@@ -36,6 +49,7 @@ class Slot(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
         self.merged = False
         self.shadowed = False
+        self.base_weight: BaseWeight | None = None
 
     def in_use(self) -> list[Adapter]:
         """Return the adapters whose change is still to be added.

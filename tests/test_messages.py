@@ -51,6 +51,7 @@ from triggers import (
     merge_square,
     merge_tied,
     net,
+    on_two_devices,
     over_trainable,
     packed,
     packed_convolution,
@@ -125,6 +126,8 @@ from lightning_lora.offline import export, inspect, merge
 from lightning_lora.optim import place, the_optimizer
 from lightning_lora.quantized import check_requantizable, keep_differentiable
 from lightning_lora.sharing import share
+from lightning_lora.strategies import LoRAFSDP2Strategy
+from lightning_lora.strategies.blocks import blocks_of
 
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/lora", ValueError): {
@@ -474,9 +477,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "leave the layer out with exclude_modules=['first']": lambda: adapted(net(first=with_attribute("adapters", 1))),
         "1 of the chosen weights were sharded before their adapters came (first: first.weight, a DTensor), so "
         "every process would train adapters of its own: call inject(...) before fully_shard(...); with a Trainer "
-        "leave out fully_shard and parallelize_module in configure_model and use strategy='ddp'": (
-            lambda: adapted(sharded())
-        ),
+        "use strategy='lora_fsdp2'": lambda: adapted(sharded()),
+        "1 of the chosen weights are divided by tensor parallelism (first: first.weight): what their layers give is "
+        "divided too, and adapters are whole: leave out parallelize_module and let fully_shard alone divide the "
+        "model": (lambda: inject(sharded(), LoRA(r=2), sharded=True)),
         "first.weight: of layers with packed weights only linear ones can be adapted, not a Conv1d: leave it out "
         "with exclude_modules=['first'], or do not quantize it": (
             lambda: adapted(net(first=packed_convolution()), target_modules=["first"])
@@ -959,13 +963,23 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             "AdaLoRA",
         ),
         "first is a DistributedDataParallel before its adapters came, so every process would train adapters of "
-        "its own: wrap nothing in configure_model and use strategy='ddp'": (
+        "its own: wrap nothing in configure_model and use strategy='ddp', or 'lora_fsdp' to divide the base": (
             lambda: check_unwrapped(net(first=type("DistributedDataParallel", (nn.Linear,), {})(4, 8)))
         ),
-        "strategy=FSDPStrategy: checkpoints of adapters over a sharded base are not supported yet; use "
-        "strategy='ddp'": lambda: check_strategy(strategy("FSDPStrategy")),
+        "strategy=FSDPStrategy: it would gather the whole base for each checkpoint and divide adapters too: use "
+        "strategy='lora_fsdp'": lambda: check_strategy(strategy("FSDPStrategy")),
         "strategy=DDPStrategy trains in spawned or forked processes, and the adapters would stay there: use "
         "strategy='ddp'": lambda: check_strategy(strategy("DDPStrategy", "_MultiProcessingLauncher")),
+    },
+    ("strategies/blocks", ValueError): {
+        "blocks=['Decoder']: no module of the model is of that class; it has ['Sequential']": (
+            lambda: blocks_of(nn.Sequential(nn.Linear(2, 2)), ["Decoder"])
+        ),
+    },
+    ("strategies/fsdp2", ValueError): {
+        "replicas=3: 2 processes cannot be divided into that many equal parts: give a divisor": (
+            lambda: on_two_devices(LoRAFSDP2Strategy(replicas=3)).setup_environment()
+        ),
     },
     ("callbacks/silent_batches", ValueError): {
         "Looking has automatic_optimization=False, so its training_step steps the optimizer and cannot run just to "

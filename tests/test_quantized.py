@@ -41,7 +41,7 @@ from lightning_lora import (
     sites,
     using,
 )
-from lightning_lora.description import fingerprint
+from lightning_lora.description import base_weights
 from lightning_lora.gradient_stops import gradient_stops
 from lightning_lora.quantized import (
     awaits_quantization,
@@ -752,39 +752,39 @@ def test_a_folder_loads_on_the_same_quantized_base_and_on_no_other(form, tmp_pat
 @every_format
 def test_the_fingerprint_of_a_base_does_not_depend_on_what_was_done_with_it(form):
     net = adapt(Net(form))
-    before = fingerprint(sites(net))
+    before = base_weights(sites(net))
     net.train()(torch.randn(2, 8)).sum().backward()
     with torch.no_grad():
         net.eval()(torch.randn(2, 8))
-    assert fingerprint(sites(net)) == before
-    assert fingerprint(sites(copy.deepcopy(net))) == before
+    assert base_weights(sites(net)) == before
+    assert base_weights(sites(copy.deepcopy(net))) == before
     evaluated = Net(form).eval()
     with torch.no_grad():
         evaluated(torch.randn(2, 8))
-    assert fingerprint(sites(adapt(evaluated))) == before
+    assert base_weights(sites(adapt(evaluated))) == before
 
 
 @every_format
 def test_the_fingerprint_of_a_base_depends_on_its_values(form):
     net = Net(form)
-    before = fingerprint(sites(adapt(Net(form))))
+    before = base_weights(sites(adapt(Net(form))))
     parameter, _ = requantize(net.first, "weight", 0.9 * dense_weight(net.first).flip(0))
     set_parameter(net.first, "weight", parameter)
-    after = fingerprint(sites(adapt(net)))
+    after = base_weights(sites(adapt(net)))
     assert [name for name in before if before[name] != after[name]] == ["first.weight"]
 
 
-def test_a_base_that_is_yet_to_be_packed_has_no_fingerprint(tmp_path):
+def test_a_base_that_is_yet_to_be_packed_has_no_base_weights(tmp_path):
     net = adapt(Net("nf4"))
     save_adapter(net, tmp_path / "a")
     other = Net(None)
     other.first, other.second = unmoved(other.first, "nf4"), unmoved(other.second, "nf4")
     found = load_adapter(other, tmp_path / "a")
-    assert set(fingerprint(found).values()) == {None}
+    assert {base.digest for base in base_weights(found).values()} == {None}
     other = other.to("cpu")
     x = torch.randn(5, 8)
     assert torch.equal(other(x), net(x))
-    assert fingerprint(found) == fingerprint(sites(net))
+    assert base_weights(found) == base_weights(sites(net))
 
 
 @every_format

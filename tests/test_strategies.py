@@ -13,9 +13,17 @@ class OwnFSDP(FSDPStrategy):
     """What a user derives is refused like its parent."""
 
 
-@pytest.mark.parametrize("cls", [FSDPStrategy, OwnFSDP, ModelParallelStrategy, DeepSpeedStrategy])
-def test_a_sharded_strategy_is_refused(cls):
-    with pytest.raises(ValueError, match=rf"strategy={cls.__name__}: .* not supported yet; use strategy='ddp'"):
+@pytest.mark.parametrize(
+    ("cls", "ours"),
+    [
+        (FSDPStrategy, "lora_fsdp"),
+        (OwnFSDP, "lora_fsdp"),
+        (ModelParallelStrategy, "lora_fsdp2"),
+        (DeepSpeedStrategy, "lora_fsdp2"),
+    ],
+)
+def test_a_sharded_strategy_of_lightning_is_refused_by_name_with_the_one_to_use(cls, ours):
+    with pytest.raises(ValueError, match=rf"strategy={cls.__name__}: .* use strategy='{ours}'"):
         check_strategy(cls.__new__(cls))
 
 

@@ -200,7 +200,7 @@ def test_trap_02_adapters_that_come_after_the_user_shards_or_wraps_differ_betwee
     assert found["message"].startswith("ValueError")
     assert name in found["message"]
     assert "every process would train adapters of its own" in found["message"]
-    assert "use strategy='ddp'" in found["message"]
+    assert ("use strategy='lora_fsdp2'" if how == "fully_shard" else "use strategy='ddp'") in found["message"]
 
 
 def test_trap_02_adapters_that_are_sharded_with_their_layers_train_as_in_one_process(processes: Any) -> None:
@@ -556,9 +556,8 @@ def test_trap_16_a_sharded_checkpoint_of_adapters_alone_is_written_and_cannot_be
     assert found["message"].startswith("CheckpointException")
     assert "Missing key in checkpoint state_dict: state_dict.net.first.weight" in found["message"]
 
-    words = "strategy=ModelParallelStrategy: checkpoints of adapters over a sharded base are not supported yet"
-    assert words in found["refused"]
-    with pytest.raises(ValueError, match=f"{words}; use strategy='ddp'"):
+    assert found["refused"].startswith("ValueError: strategy=ModelParallelStrategy: it would gather the whole base")
+    with pytest.raises(ValueError, match="use strategy='lora_fsdp2'"):
         check_strategy(ModelParallelStrategy())
 
 

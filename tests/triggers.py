@@ -13,8 +13,11 @@ from unittest import mock
 import lightning.pytorch as L
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from conftest import Lit, loader
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from lightning_lora import (
@@ -156,10 +159,22 @@ class NoisyLinear(nn.Module):
 
 
 def sharded() -> Any:
-    """The network as it looks here after ``fully_shard``."""
+    """The network with one weight divided over a group of one process."""
     model = net()
-    model.first.weight.device_mesh = ("a mesh",)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model.first.weight = nn.Parameter(
+            distribute_tensor(model.first.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        )
+    finally:
+        dist.destroy_process_group()
     return model
+
+
+def on_two_devices(strategy: Any) -> Any:
+    """The strategy as its Trainer has it on a machine with two devices."""
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    return strategy
 
 
 class Int4Tensor(Tensor):

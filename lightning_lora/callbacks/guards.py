@@ -16,8 +16,18 @@ from lightning_lora.layers.embedding import AdaptedEmbedding
 from lightning_lora.layers.seam import Reader
 from lightning_lora.sites import Site, clean, join, sites
 from lightning_lora.state import marked
+from lightning_lora.strategies.replication import ReplicatesAdapters
 
 _LINEAR = nn.Linear
+_SHARDING = {
+    "FSDPStrategy": ("it would gather the whole base for each checkpoint and divide adapters too", "lora_fsdp"),
+    "ModelParallelStrategy": (
+        "it would gather the whole base for each checkpoint, or write one that adapters cannot be read from, and train "
+        "adapters that came after fully_shard in each process alone",
+        "lora_fsdp2",
+    ),
+    "DeepSpeedStrategy": ("its engine writes the checkpoints, the base in them", "lora_fsdp2"),
+}
 
 
 def check_connected(loss: Tensor, model: nn.Module) -> None:
@@ -156,7 +166,7 @@ def check_unwrapped(model: nn.Module) -> None:
         if {"DistributedDataParallel", "FullyShardedDataParallel"} & {cls.__name__ for cls in type(module).__mro__}:
             raise ValueError(
                 f"{name} is a {type(module).__name__} before its adapters came, so every process would train adapters "
-                "of its own: wrap nothing in configure_model and use strategy='ddp'"
+                "of its own: wrap nothing in configure_model and use strategy='ddp', or 'lora_fsdp' to divide the base"
             )
 
 
@@ -210,11 +220,9 @@ def check_strategy(strategy: object) -> None:
         ValueError: If it shards the model, or trains in processes that this one starts and forgets.
     """
     kinds = {cls.__name__ for cls in type(strategy).__mro__}
-    if kinds & {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}:
-        raise ValueError(
-            f"strategy={type(strategy).__name__}: checkpoints of adapters over a sharded base are not supported yet; "
-            "use strategy='ddp'"
-        )
+    for stock, (reason, ours) in _SHARDING.items():
+        if stock in kinds and not isinstance(strategy, ReplicatesAdapters):
+            raise ValueError(f"strategy={type(strategy).__name__}: {reason}: use strategy='{ours}'")
     if "_MultiProcessingLauncher" in {cls.__name__ for cls in type(getattr(strategy, "launcher", None)).__mro__}:
         raise ValueError(
             f"strategy={type(strategy).__name__} trains in spawned or forked processes, and the adapters would stay "

@@ -48,6 +48,8 @@ from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.report import table, totals
 from lightning_lora.sites import Site, sites
+from lightning_lora.strategies.fsdp import is_wrapped
+from lightning_lora.strategies.replication import ReplicatesAdapters
 
 _ABSENT = object()
 
@@ -154,7 +156,9 @@ class LoRACallback(Callback):
     @plain_linear()
     def _inject(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer.precision_plugin.convert_module(pl_module)  # plugins that replace layers would replace adapted ones
-        check_unwrapped(pl_module)
+        wrapped = is_wrapped(pl_module)  # by an earlier run; weights have other shapes now
+        if not wrapped:
+            check_unwrapped(pl_module)
         known = len(sites(pl_module))
         if self._adapted_before and not known:
             rank_zero_warn(
@@ -162,7 +166,7 @@ class LoRACallback(Callback):
                 "are fresh: pass ckpt_path, or let it build only what is not there yet"
             )
         restructured = restructures(pl_module, self.method, TASK)  # an earlier run chose ranks and places
-        self._found = sites(pl_module, TASK) if restructured else self._injected(pl_module)
+        self._found = sites(pl_module, TASK) if restructured or wrapped else self._injected(trainer, pl_module)
         if len(self._found) > known:
             tied = tied_to_frozen(pl_module)
             if tied is not None:
@@ -184,7 +188,7 @@ class LoRACallback(Callback):
             check_droppable(trainer, pl_module, self.method)
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
 
-    def _injected(self, pl_module: LightningModule) -> list[Site]:
+    def _injected(self, trainer: Trainer, pl_module: LightningModule) -> list[Site]:
         seed = os.environ.get("PL_GLOBAL_SEED")  # the same on every rank, which PyTorch's own seed need not be
         return inject(
             pl_module,
@@ -198,6 +202,7 @@ class LoRACallback(Callback):
             fused=self.fused,
             seed=int(seed) if seed is not None else 0,
             dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
+            sharded=isinstance(trainer.strategy, ReplicatesAdapters),
         )
 
     def _configure_optimizers(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
