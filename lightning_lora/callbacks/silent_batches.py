@@ -53,8 +53,7 @@ def silent_losses(trainer: Trainer, pl_module: LightningModule, batches: int) ->
                 moved = pl_module._on_before_batch_transfer(moved, dataloader_idx=0)
                 moved = trainer.strategy.batch_to_device(moved, dataloader_idx=0)
                 takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-                with trainer.precision_plugin.train_step_context():
-                    output = pl_module.training_step(*((moved, index) if takes_index else (moved,)))
+                output: Any = trainer.strategy.training_step(*((moved, index) if takes_index else (moved,)))
                 loss = output["loss"] if isinstance(output, Mapping) else output
                 if loss is not None:
                     yield loss

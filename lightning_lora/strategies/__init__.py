@@ -2,6 +2,7 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_lora.strategies.base_weights import parameters_on_meta as parameters_on_meta
 from lightning_lora.strategies.fsdp import LoRAFSDPStrategy
 from lightning_lora.strategies.fsdp2 import LoRAFSDP2Strategy
 

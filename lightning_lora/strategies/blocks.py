@@ -1,4 +1,4 @@
-"""The parts of a network whose weights are gathered one at a time."""
+"""What of a network is divided: its blocks, whose weights are gathered one at a time, but not what is trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_lora.sites import added_modules
+from lightning_lora.sites import added_modules, sites
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that every process holds whole: the adapters', and what else is trained.
+
+    Args:
+        model: The adapted model.
+    """
+    adapters = {parameter for site in sites(model) for parameter in site.slot.parameters()}
+    return adapters | {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
 def blocks_of(model: nn.Module, names: Sequence[str] | None = None) -> list[nn.Module]:

@@ -12,8 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from typing_extensions import override
 
-from lightning_lora.strategies.averaging import replicated
-from lightning_lora.strategies.blocks import blocks_of
+from lightning_lora.strategies.blocks import blocks_of, kept_whole
 from lightning_lora.strategies.replication import ReplicatesAdapters
 
 WRAPPER = "_fsdp_wrapper"
@@ -48,7 +47,7 @@ class LoRAFSDPStrategy(ReplicatesAdapters, FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Wrap a module once: a later run, which gets the module and not its wrapper, takes up the old one."""
         if not is_wrapped(model):
-            ignored = replicated(model)
+            ignored = kept_whole(model)
             for parameter in ignored:
                 parameter.data = parameter.data.to(self.root_device)
             blocks = {id(block) for block in blocks_of(model)}

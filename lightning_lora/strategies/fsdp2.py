@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
@@ -23,8 +24,8 @@ from torch.distributed.fsdp import (
 )
 from typing_extensions import override
 
-from lightning_lora.strategies.averaging import replicated
-from lightning_lora.strategies.blocks import blocks_of
+from lightning_lora.strategies.base_weights import fill_base
+from lightning_lora.strategies.blocks import blocks_of, kept_whole
 from lightning_lora.strategies.replication import ReplicatesAdapters
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -43,6 +44,9 @@ class LoRAFSDP2Strategy(ReplicatesAdapters, ModelParallelStrategy):
         reshard_after_forward: Let go of a block's weights between forward and backward; gathering them again costs
             time and saves memory.
         cpu_offload: Keep the shards in main memory.
+        base_weights: Folders of safetensors files by the name of the part of the module that they are for, such as
+            ``{"model": "/models/llama"}``; the module built these parts under `parameters_on_meta`. Each process reads
+            its own shards alone, so that a base may be larger than the memory of one process.
         process_group_backend: As for Lightning's strategy.
         timeout: Likewise.
 
@@ -56,6 +60,7 @@ class LoRAFSDP2Strategy(ReplicatesAdapters, ModelParallelStrategy):
         replicas: int = 1,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        base_weights: Mapping[str, str] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -69,6 +74,7 @@ class LoRAFSDP2Strategy(ReplicatesAdapters, ModelParallelStrategy):
         self.replicas = replicas
         self.reshard_after_forward = reshard_after_forward
         self.cpu_offload = cpu_offload
+        self.base_weights = base_weights or {}
 
     @override
     def setup_environment(self) -> None:
@@ -89,7 +95,10 @@ class LoRAFSDP2Strategy(ReplicatesAdapters, ModelParallelStrategy):
         module = self._module
         if not any(isinstance(inner, FSDPModule) for inner in module.modules()):
             self._shard(module)
-        _materialize_distributed_module(module, self.root_device)
+        if self.base_weights:
+            fill_base(module, self.base_weights, torch.device("cpu") if self.cpu_offload else self.root_device)
+        else:
+            _materialize_distributed_module(module, self.root_device)
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         self.prepare()
@@ -101,11 +110,18 @@ class LoRAFSDP2Strategy(ReplicatesAdapters, ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
 
+    @override
+    def model_to_device(self) -> None:
+        """Move what is whole, and the shards too unless they are to stay in main memory."""
+        if not self.cpu_offload:
+            super().model_to_device()
+        for tensor in (*kept_whole(self._module), *self._module.buffers()):
+            tensor.data = tensor.data.to(self.root_device)
+
     def _shard(self, module: nn.Module) -> None:
-        ignored = set(replicated(module))
         options: dict[str, Any] = {
             "mesh": self._mesh(),
-            "ignored_params": ignored,
+            "ignored_params": kept_whole(module),
             "reshard_after_forward": self.reshard_after_forward,
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }

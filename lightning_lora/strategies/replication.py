@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.description import note_base_weights
+from lightning_lora.files import SECTION
+from lightning_lora.loading import check_same
 from lightning_lora.sharding import is_sharded, spread, whole
 from lightning_lora.sites import clean, join, sites
 from lightning_lora.state import own_entries
@@ -36,6 +38,7 @@ class ReplicatesAdapters(Strategy):
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
     _accumulating = False
+    _unfinished: tuple[object, dict[str, Any]] | None = None  # a checkpoint read before the base had its values
 
     @property
     def _module(self) -> LightningModule:
@@ -64,8 +67,13 @@ class ReplicatesAdapters(Strategy):
             self._accumulating = False
 
     def prepare(self) -> None:
-        """Note what files say of the base, while all processes are here to be asked."""
+        """Note what files say of the base, now that it has its values and all processes are here to be asked."""
         note_base_weights(sites(self._module))
+        if self._unfinished is not None:
+            (path, checkpoint), self._unfinished = self._unfinished, None
+            mismatch = getattr(self.checkpoint_io, "allow_base_mismatch", True)
+            check_same(self._module, checkpoint[SECTION], path, allow_base_mismatch=mismatch)
+            _assign(self._module, checkpoint["state_dict"])
 
     def clip_here(self) -> None:
         """Have gradients clipped by their norm over whole and sharded ones; Lightning's plugins know one kind each."""
@@ -84,7 +92,7 @@ class ReplicatesAdapters(Strategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Give what is trained its values; those of modules without any yet follow when the base gets its own."""
+        """Give what is trained its values; what is still on the meta device gets them when the base does."""
         for module in [site.slot for site in sites(self._module)]:
             if any(parameter.is_meta for parameter in module.parameters()):
                 module.to_empty(device=self.root_device)
@@ -121,7 +129,11 @@ class ReplicatesAdapters(Strategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, on every process."""
-        return Strategy.load_checkpoint(self, self.broadcast(checkpoint_path), weights_only)
+        path = self.broadcast(checkpoint_path)
+        checkpoint = Strategy.load_checkpoint(self, path, weights_only)
+        if any(parameter.is_meta for parameter in self._module.parameters()):
+            self._unfinished = path, checkpoint
+        return checkpoint
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
