@@ -186,13 +186,16 @@ def eva_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     return ranks
 
 
-def check_init(init: Initialisation, r: int, batches: int, spread: float, refused: Mapping[str, str]) -> None:
+def check_init(
+    init: Initialisation, r: int, batches: int, similarity: float, spread: float, refused: Mapping[str, str]
+) -> None:
     """Check what LoRA says of its start.
 
     Args:
         init: The initialisation.
         r: Rank.
         batches: Number of batches that a start from data takes.
+        similarity: Cosine from which a direction of the data counts as settled.
         spread: How many times its own rank a matrix may get.
         refused: Initialisations that the method cannot have, and why.
 
@@ -207,6 +210,8 @@ def check_init(init: Initialisation, r: int, batches: int, spread: float, refuse
         raise ValueError(f"r={r}: init='orthogonal' gives half of the rank to each factor: use an even r")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"init_batches={batches!r}: must be a whole number of at least 1, for example init_batches=8")
+    if not (isinstance(similarity, int | float) and 0 <= similarity <= 1):
+        raise ValueError(f"init_similarity={similarity!r}: must be from 0 to 1, for example init_similarity=0.99")
     if not (isinstance(spread, int | float) and 1 <= spread < math.inf):
         raise ValueError(f"rank_spread={spread!r}: must be a finite number of at least 1, at which no rank changes")
     if spread != 1 and init != "eva":

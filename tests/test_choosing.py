@@ -117,6 +117,31 @@ def test_an_incremental_svd_that_drops_directions_never_claims_too_much() -> Non
     assert share.sum() > 0.98 * best.sum()
 
 
+@pytest.mark.parametrize("exact_width", [2048, 0], ids=["Gram matrix", "incremental SVD"])
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["matrix", "stack"])
+def test_following_is_exact_where_all_directions_are_kept(stack: tuple[int, ...], exact_width: int) -> None:
+    statistics, before = InputStatistics("layer.weight", (*stack, 5, 6), exact_width=exact_width), None
+    for piece in decaying(40, 6, *stack).split(10, dim=-2):
+        statistics.update(piece)
+        before, share = statistics.follow(before)
+        directions, exact = statistics.top(6)
+        assert_same_directions(before, directions)
+        torch.testing.assert_close(share, exact)
+
+
+def test_following_comes_closer_with_every_call_where_few_of_many_directions_are_kept() -> None:
+    rows = draw(300, 50) * 0.9 ** torch.arange(50)
+    statistics, before, worst = InputStatistics("layer.weight", (5, 50), rank=8), None, []
+    statistics.update(rows)
+    for _ in range(5):
+        before, share = statistics.follow(before)
+        worst.append((before[:4] * by_svd(rows, 4)[0]).sum(-1).abs().min().item())
+    assert worst == sorted(worst)
+    assert worst[0] < 0.995
+    assert worst[-1] > 1 - 1e-6
+    torch.testing.assert_close(share[:4], by_svd(rows, 4)[1], atol=1e-6, rtol=0)
+
+
 def test_half_precision_is_widened() -> None:
     rows = draw(64, 6).bfloat16()
     statistics = InputStatistics("layer.weight", (5, 6))

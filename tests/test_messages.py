@@ -236,6 +236,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "init_batches=0: must be a whole number of at least 1, for example init_batches=8": (
             lambda: LoRA(init="eva", init_batches=0)
         ),
+        "init_similarity=99: must be from 0 to 1, for example init_similarity=0.99": (
+            lambda: LoRA(init="eva", init_similarity=99)
+        ),
         "rank_spread=0.5: must be a finite number of at least 1, at which no rank changes": (
             lambda: LoRA(init="eva", rank_spread=0.5)
         ),

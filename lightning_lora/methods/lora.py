@@ -71,7 +71,9 @@ class LoRA(Method):
         init: How the factors start: see ``initialisations``. Those that the papers subtract from the base (``pissa``,
             ``milora``, ``olora``, ``lora_ga``) leave it as it is here: the adapter adds ``B A`` minus what that was at
             the start. ``eva`` and ``lora_ga`` look at data: a Trainer's, or what ``start_from_data`` is given.
-        init_batches: How many batches of the training data they look at.
+        init_batches: How many batches of the training data they look at, at most.
+        init_similarity: With ``eva``, no further batch is read once every direction that is taken has at least this
+            cosine similarity to itself one batch before (the paper's tau); at 1 all batches are read.
         rank_spread: With ``eva``, up to how many times its rank a matrix may get, at the cost of others (the paper's
             rho); at 1 no rank changes.
         gradient: How the gradients of A and B are changed before each step: see ``preconditioners``; ``fa`` goes with a
@@ -90,6 +92,7 @@ class LoRA(Method):
     scaling: Literal["linear", "rsqrt"] = "linear"
     init: Initialisation = "kaiming"
     init_batches: int = 8
+    init_similarity: float = 0.99
     rank_spread: float = 1.0
     gradient: Gradient = "plain"
     freeze_A: bool = False
@@ -105,7 +108,7 @@ class LoRA(Method):
             raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
         if self.scaling not in ("linear", "rsqrt"):
             raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
-        check_init(self.init, self.r, self.init_batches, self.rank_spread, self.refused_inits)
+        check_init(self.init, self.r, self.init_batches, self.init_similarity, self.rank_spread, self.refused_inits)
         check_gradient(self.gradient, self.freeze_A)
 
     @property
