@@ -39,9 +39,18 @@ from lightning_lora import (
     start_from_data,
     using,
 )
-from lightning_lora.initialisations import KEEPS_START, eva_ranks, lora_ga, milora, olora, pissa
+from lightning_lora.initialisations import (
+    KEEPS_START,
+    eva_ranks,
+    fast_pissa,
+    from_weight,
+    lora_ga,
+    milora,
+    olora,
+    pissa,
+)
 
-every_kept_start = pytest.mark.parametrize("init", ["pissa", "milora", "olora"])
+every_kept_start = pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "milora", "olora"])
 
 
 class Mlp(nn.Module):
@@ -109,6 +118,45 @@ def test_pissa_takes_the_best_approximation_of_the_weight_with_its_singular_valu
     assert torch.allclose(B.mT @ B, torch.diag_embed(S[..., :r] / s), atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (2, 60, 90)], ids=["tall", "wide", "stack"])
+def test_a_fast_pissa_comes_as_close_to_the_exact_singular_values_as_its_rounds_go(shape: tuple[int, ...]) -> None:
+    weight, s, r = data(*shape), 3.0, 4
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    best = U[..., :r] @ torch.diag_embed(S[..., :r]) @ Vh[..., :r, :]
+    values, parts = [], []
+    for rounds in (0, 4, 64):
+        A, B = fast_pissa(weight, r, s, rounds=rounds, seed=1)
+        assert torch.allclose(A @ A.mT, B.mT @ B, atol=1e-12)
+        values.append(((s * torch.diagonal(A @ A.mT, dim1=-2, dim2=-1) / S[..., :r]) - 1).abs().max().item())
+        parts.append(((s * B @ A - best).norm() / best.norm()).item())
+    assert values == sorted(values, reverse=True)
+    assert parts == sorted(parts, reverse=True)
+    assert values[0] > 0.1  # a random matrix has no few directions that stand out
+    assert values[1] < 0.02
+    assert values[2] < 1e-6
+    assert parts[2] < 1e-3
+
+
+def test_a_fast_pissa_is_exact_where_few_directions_stand_out_and_where_it_takes_all() -> None:
+    for weight in (data(90, 4) @ data(4, 60), data(12, 9)):
+        (A, B), (exact_A, exact_B) = fast_pissa(weight, 3, 2.0, rounds=1, seed=1), pissa(weight, 3, 2.0)
+        assert torch.allclose(B @ A, exact_B @ exact_A, atol=1e-11)
+
+
+def test_the_directions_of_a_fast_pissa_are_the_adapters_own_and_draw_nothing_from_the_run() -> None:
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(60, 90))
+        torch.manual_seed(len(starts))
+        before = torch.random.get_rng_state()
+        [site] = inject(model, LoRA(r=3, init="pissa_niter_1"), seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        starts.append(site.adapter("default").lora_A.detach())
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
 def test_milora_takes_what_the_best_approximation_of_the_complementary_rank_leaves() -> None:
     weight, s, r = data(7, 5), 3.0, 2
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -127,7 +175,7 @@ def test_olora_takes_orthonormal_columns_and_a_triangle_that_give_the_weights_fi
 
 @every_kept_start
 def test_a_start_in_half_precision_is_computed_in_single(init: str) -> None:
-    A, B = {"pissa": pissa, "milora": milora, "olora": olora}[init](data(7, 5, dtype=torch.bfloat16), 2, 1.0)
+    A, B = from_weight(init, 0)(data(7, 5, dtype=torch.bfloat16), 2, 1.0)
     assert A.dtype == B.dtype == torch.float32
 
 
@@ -183,7 +231,7 @@ def test_the_start_of_an_embedding_is_that_of_its_matrix(init: str) -> None:
     (site,) = inject(model, LoRA(r=2, init=init), ["0"])
     adapter, index = site.adapter("default"), torch.arange(9)
     start = adapter.scaling * adapter.lora_B @ adapter.lora_A
-    expected = {"pissa": pissa, "milora": milora, "olora": olora}[init](model[0].weight, 2, adapter.scaling)
+    expected = from_weight(init, adapter.seed)(model[0].weight, 2, adapter.scaling)
     assert torch.allclose(start, adapter.scaling * expected[1] @ expected[0], atol=1e-14)
     assert torch.equal(model(index), model[0].weight)
 
@@ -488,6 +536,10 @@ def test_eva_goes_on_for_a_layer_that_no_batch_has_reached_and_not_for_one_that_
         start_from_data(model, same, lambda batch, model=model: [model(batch)])  # type: ignore[misc]
         read.append(model.calls)
     assert read == [6, 2]
+    model = Late(nn.LSTM(5, 5))
+    inject(model, LoRA(r=2, init="eva", init_similarity=1.0), ["first", "other"])
+    start_from_data(model, same, lambda batch: [model(batch)])  # type: ignore[arg-type, return-value]
+    assert model.calls == 8
 
 
 def test_eva_gives_the_budget_to_the_largest_shares_and_at_least_one_rank_to_each() -> None:
@@ -631,6 +683,8 @@ def test_eva_lets_a_frozen_A_reach_most_of_the_gradient() -> None:
 def test_methods_whose_adapters_cannot_keep_a_start_refuse_it(method: Any, init: Any) -> None:
     with pytest.raises(ValueError, match=f"init='{init}': "):
         method(init=init)
+    with pytest.raises(ValueError, match="init='pissa_niter_4': "):
+        method(init="pissa_niter_4")
 
 
 def test_adalora_refuses_starts_frozen_factors_and_other_gradients_with_the_reason() -> None:

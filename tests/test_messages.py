@@ -227,9 +227,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "init='eva' cannot see what goes into them": lambda: fit(Idle(), method=LoRA(r=1, init="eva"), audit=False),
     },
     ("initialisations", ValueError): {
-        "init='svd': must be one of kaiming, gaussian, orthogonal, pissa, milora, olora, eva, lora_ga": (
-            lambda: LoRA(init="svd")  # type: ignore[arg-type]
-        ),
+        "init='svd': must be one of kaiming, gaussian, orthogonal, pissa, milora, olora, eva, lora_ga, or "
+        "pissa_niter_16 with any number of rounds": lambda: LoRA(init="svd"),
         "r=3: init='orthogonal' gives half of the rank to each factor: use an even r": (
             lambda: LoRA(r=3, init="orthogonal")
         ),
