@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.candidates import Candidate, candidates
+from lightning_lora.candidates import Candidate, of_sites
 from lightning_lora.evaluation import Loss, loss_of, undisturbed
 from lightning_lora.gradient_means import GradientMeans
 from lightning_lora.initialisations import FROM_DATA, eva_ranks, lora_ga
@@ -94,7 +94,7 @@ def _eva(model: nn.Module, found: dict[str, Site], losses: Iterator[Any], task: 
     """Set each A to the directions in which its inputs are largest (EVA, arXiv:2410.07170); B is 0."""
     adapters = {name: _adapter(site, task) for name, site in found.items()}
     most = {name: _most(one) for name, one in adapters.items()}
-    chosen = _candidates(model, found)
+    chosen = dict(zip(found, of_sites(model, found.values()), strict=True))
     kept = 2 * max(most.values())
     statistics = {name: InputStatistics(name, one.shape, max(64, kept)) for name, one in chosen.items()}
 
@@ -221,17 +221,6 @@ def _adapter(site: Site, task: str) -> LoRAAdapter:
 def _most(adapter: LoRAAdapter) -> int:
     """Return the highest rank that a matrix may get."""
     return min(adapter.lora_A.shape[-1], math.ceil(adapter.method.r * adapter.method.rank_spread))
-
-
-def _candidates(model: nn.Module, found: dict[str, Site]) -> dict[str, Candidate]:
-    """Return the matrices that sites are, by site name."""
-    there = {one.site.name: one for one in candidates(model)}
-    chosen = {}
-    for name, site in found.items():
-        whole, _, part = name.partition("[")
-        one, rows = there[whole], site.slot.layout.rows
-        chosen[name] = one if rows is None else one.part(part.rstrip("]"), rows)
-    return chosen
 
 
 def _of_rank(site: Site, adapter: LoRAAdapter, r: int, one: Candidate, task: str) -> LoRAAdapter:

@@ -243,7 +243,7 @@ def _hook(one: Candidate, rows_of: Any, take: Take, mask: Tensor | None) -> Call
 
 def _rows_of(one: Candidate) -> Any:
     kind = kind_of(one.site.module)
-    if kind is None or one.layout.looked_up:
+    if kind is None or one.layout.looked_up or one.read:
         return None
     if issubclass(kind, AdaptedMultiheadAttention):
         return _attention_rows

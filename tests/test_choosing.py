@@ -36,7 +36,7 @@ from lightning_lora import (
     use,
     using,
 )
-from lightning_lora.candidates import Candidate
+from lightning_lora.candidates import Candidate, of_sites
 from lightning_lora.evaluation import undisturbed
 from lightning_lora.gradient_means import GradientMeans
 from lightning_lora.input_statistics import InputStatistics, input_hooks, input_statistics, sees_inputs
@@ -277,15 +277,27 @@ def test_the_fused_path_of_an_encoder_does_not_hide_its_layers_inputs(adapted: b
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_inputs_that_are_multiplied_out_of_sight_are_not_seen() -> None:
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_inputs_that_are_multiplied_out_of_sight_are_not_seen(adapted: bool) -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    attention.out_proj = nn.Linear(4, 4)  # type: ignore[assignment]  # read all the same
     model = nn.ModuleDict(
-        {"embedding": nn.Embedding(9, 4), "lstm": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2)}
+        {
+            "embedding": nn.Embedding(9, 4),
+            "lstm": nn.LSTM(4, 4),
+            "attention": nn.MultiheadAttention(4, 2),
+            "other": attention,
+            "out_proj": nn.Linear(4, 4),
+        }
     )
-    found = find_targets(model, ["embedding", "lstm", "attention"])
+    targets = ["embedding", "lstm", "attention", "other", "out_proj"]
+    found = of_sites(model, inject(model, LoRA(r=2), targets)) if adapted else find_targets(model, targets)
     assert [one.site.name for one in found if sees_inputs(one)] == [
         "attention.in_proj_weight",
-        "attention.out_proj.weight",
+        "other.in_proj_weight",
+        "out_proj.weight",
     ]
+    assert {one.site.name for one in found if one.read} == {"attention.out_proj.weight", "other.out_proj.weight"}
 
 
 def test_masked_tokens_do_not_count() -> None:

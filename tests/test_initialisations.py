@@ -150,9 +150,12 @@ def test_the_directions_of_a_fast_pissa_are_the_adapters_own_and_draw_nothing_fr
         model = nn.Sequential(nn.Linear(60, 90))
         torch.manual_seed(len(starts))
         before = torch.random.get_rng_state()
-        [site] = inject(model, LoRA(r=3, init="pissa_niter_1"), seed=seed)
+        [site] = inject(model, LoRA(r=3, init="pissa_niter_2"), seed=seed)
         assert torch.equal(torch.random.get_rng_state(), before)
-        starts.append(site.adapter("default").lora_A.detach())
+        adapter = site.adapter("default")
+        starts.append(adapter.lora_A.detach())
+        expected = fast_pissa(model[0].weight, 3, adapter.scaling, rounds=2, seed=adapter.seed)[0]
+        assert torch.equal(starts[-1], expected)
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 
