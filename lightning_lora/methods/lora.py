@@ -39,7 +39,7 @@ from lightning_lora.initialisations import (
     looked_up,
 )
 from lightning_lora.layout import Layout
-from lightning_lora.method import Method
+from lightning_lora.method import Method, check_alpha, check_fraction, check_r, check_scaling
 from lightning_lora.preconditioners import Gradient, Preconditioner, check_gradient
 from lightning_lora.schedule import Schedule
 
@@ -101,16 +101,10 @@ class LoRA(Method):
     freeze_A: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < self.lowest_rank:
-            raise ValueError(
-                f"r={self.r!r}: the rank must be a whole number of at least {self.lowest_rank}, for example r=8"
-            )
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r}: must be a finite number above 0, for example alpha=16")
-        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
-        if self.scaling not in ("linear", "rsqrt"):
-            raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
+        check_r(self.r, self.lowest_rank, example=8)
+        check_alpha(self.alpha)
+        check_fraction("dropout", self.dropout, example=0.05)
+        check_scaling(self.scaling)
         check_init(self.init, self.r, self.init_batches, self.init_similarity, self.rank_spread, self.refused_inits)
         check_gradient(self.gradient, self.freeze_A)
 
