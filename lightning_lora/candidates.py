@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
@@ -24,6 +25,7 @@ class Candidate(NamedTuple):
         names: Every name that a pattern may call it by.
         linear: Whether ``"all-linear"`` means it.
         tied: Further modules that have the same parameter and are to use the same adapter.
+        read: Whether its own layer is not called, because that of another one reads it (attention's ``out_proj``).
     """
 
     site: Site
@@ -32,6 +34,7 @@ class Candidate(NamedTuple):
     names: frozenset[str]
     linear: bool = False
     tied: tuple[Site, ...] = ()
+    read: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +70,8 @@ def candidates(model: nn.Module) -> list[Candidate]:
         name = clean(raw_name)
         if issubclass(kind, AdaptedMultiheadAttention):
             for owner, parameter in kind.reads(module):
-                read_by.setdefault((id(owner), parameter), set()).add(name)
+                if owner is not module:
+                    read_by.setdefault((id(owner), parameter), set()).add(name)
         for parameter in kind.matrices(module):
             key = (id(module), parameter)
             full_name = join(name, parameter)
@@ -78,7 +82,24 @@ def candidates(model: nn.Module) -> list[Candidate]:
                 site = Site(full_name, module, parameter)
                 size, layout = kind.size(module, parameter), kind.layout(module, parameter)
                 found[key] = Candidate(site, size, layout, names, kind.linear)
-    return [one._replace(names=one.names | read_by.get(key, set())) for key, one in found.items()]
+    return [one._replace(names=one.names | read_by.get(key, set()), read=key in read_by) for key, one in found.items()]
+
+
+def of_sites(model: nn.Module, found: Iterable[Site]) -> list[Candidate]:
+    """Return the matrices that adapted sites are.
+
+    Args:
+        model: The adapted model.
+        found: Its sites, or some of them.
+    """
+    there = {one.site.name: one for one in candidates(model)}
+    chosen = []
+    for site in found:
+        whole, _, part = site.name.partition("[")
+        rows = site.slot.layout.rows
+        one = there[whole] if rows is None else there[whole].part(part.rstrip("]"), rows)
+        chosen.append(one._replace(site=site))
+    return chosen
 
 
 def of_known_kind(one: Candidate) -> bool:

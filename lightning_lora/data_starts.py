@@ -9,7 +9,8 @@ By hand, once the adapters are there and before the optimizer is::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from typing import Any, TypeGuard
 
@@ -17,16 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.candidates import Candidate, candidates
+from lightning_lora.candidates import Candidate, of_sites
 from lightning_lora.evaluation import Loss, loss_of, undisturbed
 from lightning_lora.gradient_means import GradientMeans
 from lightning_lora.initialisations import FROM_DATA, eva_ranks, lora_ga
-from lightning_lora.input_statistics import InputStatistics, input_hooks
+from lightning_lora.input_statistics import InputStatistics, input_hooks, sees_inputs
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 from lightning_lora.quantized import dense_weight, format_of
 from lightning_lora.sites import Site, sites
 from lightning_lora.switch import using
+
+_END = object()
 
 
 def start_from_data(
@@ -39,7 +42,8 @@ def start_from_data(
 
     Args:
         model: The adapted model; nothing was trained yet.
-        batches: What ``loss`` takes; the first ``init_batches`` of the method are used.
+        batches: What ``loss`` takes; the first ``init_batches`` of the method are used, or fewer where EVA's directions
+            have settled (``init_similarity``).
         loss: From a batch to its loss; None takes the ``training_step`` of a LightningModule.
         task: The adapters' name.
 
@@ -54,17 +58,17 @@ def start_from_data(
         return start_from_losses(model, (loss_at(batch) for batch in islice(batches, method.init_batches)), task)
 
 
-def start_from_losses(model: nn.Module, losses: Iterator[Any], task: str = "default") -> list[str]:
+def start_from_losses(model: nn.Module, losses: Generator[Any, None, None], task: str = "default") -> list[str]:
     """Do as ``start_from_data`` does, with an iterator that runs the model on a batch each time it is asked.
 
     Args:
         model: The adapted model, on the device that it stays on.
-        losses: The losses, at most as many as ``init_batches``.
+        losses: The losses, at most as many as ``init_batches``; it is closed in the end.
         task: The adapters' name.
     """
     method = _method(model, task)
     found = {site.name: site for site in sites(model, task)}
-    with undisturbed(model), using(model):  # the adapters add nothing yet, and are changed meanwhile
+    with undisturbed(model), using(model), closing(losses):  # the adapters add nothing yet, and are changed meanwhile
         started = _eva(model, found, losses, task) if method.init == "eva" else _lora_ga(model, found, losses, task)
     for site in found.values():
         site.slot.train(site.slot.training)  # also those that were made meanwhile
@@ -90,28 +94,81 @@ def _eva(model: nn.Module, found: dict[str, Site], losses: Iterator[Any], task: 
     """Set each A to the directions in which its inputs are largest (EVA, arXiv:2410.07170); B is 0."""
     adapters = {name: _adapter(site, task) for name, site in found.items()}
     most = {name: _most(one) for name, one in adapters.items()}
-    chosen = _candidates(model, found)
+    chosen = dict(zip(found, of_sites(model, found.values()), strict=True))
     kept = 2 * max(most.values())
     statistics = {name: InputStatistics(name, one.shape, max(64, kept)) for name, one in chosen.items()}
 
     def take(one: Candidate, rows: Tensor) -> None:
         statistics[one.site.name].update(rows)
 
+    def ranks_of(shares: Mapping[str, Tensor]) -> dict[str, int]:
+        ranks = {name: adapters[name].method.r for name in shares}
+        if all(adapters[name].method.rank_spread == 1 for name in shares):
+            return ranks
+        leading = {name: share.reshape(-1, share.shape[-1]).mean(0)[: most[name]] for name, share in shares.items()}
+        return eva_ranks(leading, sum(ranks.values()))
+
+    watched = {name: statistics[name] for name, one in chosen.items() if sees_inputs(one)}
     with input_hooks(list(chosen.values()), take):
-        for _ in losses:
-            pass
+        _until_settled(losses, watched, ranks_of, _method(model, task).init_similarity)
     if dist.is_available() and dist.is_initialized():
         for one in statistics.values():
             one.all_reduce()
     seen = {name: one.top(most[name]) for name, one in statistics.items() if one.count}
-    shares = {name: share.reshape(-1, share.shape[-1]).mean(0) for name, (_, share) in seen.items()}
-    ranks = {name: adapters[name].method.r for name in seen}
-    if any(adapters[name].method.rank_spread != 1 for name in seen):
-        ranks = eva_ranks(shares, sum(ranks.values()))
+    ranks = ranks_of({name: share for name, (_, share) in seen.items()})
     for name, (directions, _) in seen.items():
         adapter = _of_rank(found[name], adapters[name], ranks[name], chosen[name], task)
         adapter.start_at(directions[..., : ranks[name], :], torch.zeros_like(adapter.lora_B))
     return set(seen)
+
+
+def _until_settled(
+    losses: Iterator[Any],
+    statistics: Mapping[str, InputStatistics],
+    ranks_of: Callable[[Mapping[str, Tensor]], dict[str, int]],
+    similarity: float,
+) -> None:
+    """Run batches until no direction that is needed moves from one to the next, or there are none left.
+
+    Each process looks at its own data, and all stop behind the same batch, when every one of them would.
+
+    Args:
+        losses: Run the model.
+        statistics: What they fill.
+        ranks_of: From the shares of directions to how many of each matrix are needed.
+        similarity: Cosine of the angle between a direction and itself one batch before, from which it stands still.
+    """
+    before: dict[str, Tensor] = {}
+
+    def settled() -> bool:
+        nonlocal before
+        if similarity == 1:
+            return False
+        now = {name: one.follow(before.get(name)) for name, one in statistics.items() if one.count}
+        ranks = ranks_of({name: share for name, (_, share) in now.items()})
+        still = before.keys() == statistics.keys() and all(
+            _still(before[name], directions, ranks[name], similarity) for name, (directions, _) in now.items()
+        )
+        before = {name: directions for name, (directions, _) in now.items()}
+        return still
+
+    while not _everywhere(next(losses, _END) is _END or settled()):
+        pass
+
+
+def _still(before: Tensor, now: Tensor, k: int, similarity: float) -> bool:
+    """Tell whether the first k directions are where they were, whatever their signs."""
+    known = min(before.shape[-2], now.shape[-2])
+    return known >= k and bool(((before[..., :k, :] * now[..., :k, :]).sum(-1).abs() >= similarity).all())
+
+
+def _everywhere(here: bool) -> bool:
+    """Tell whether something holds in all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return here
+    there: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(there, here)
+    return all(there)
 
 
 def _lora_ga(model: nn.Module, found: dict[str, Site], losses: Iterator[Any], task: str) -> set[str]:
@@ -164,17 +221,6 @@ def _adapter(site: Site, task: str) -> LoRAAdapter:
 def _most(adapter: LoRAAdapter) -> int:
     """Return the highest rank that a matrix may get."""
     return min(adapter.lora_A.shape[-1], math.ceil(adapter.method.r * adapter.method.rank_spread))
-
-
-def _candidates(model: nn.Module, found: dict[str, Site]) -> dict[str, Candidate]:
-    """Return the matrices that sites are, by site name."""
-    there = {one.site.name: one for one in candidates(model)}
-    chosen = {}
-    for name, site in found.items():
-        whole, _, part = name.partition("[")
-        one, rows = there[whole], site.slot.layout.rows
-        chosen[name] = one if rows is None else one.part(part.rstrip("]"), rows)
-    return chosen
 
 
 def _of_rank(site: Site, adapter: LoRAAdapter, r: int, one: Candidate, task: str) -> LoRAAdapter:

@@ -20,12 +20,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_lora.adapter import Adapter
-from lightning_lora.candidates import Candidate
+from lightning_lora.candidates import Candidate, of_sites
 from lightning_lora.evaluation import Loss, loss_of, undisturbed
 from lightning_lora.input_statistics import input_hooks, sees_inputs
-from lightning_lora.layers import kind_of
-from lightning_lora.layers.attention import AdaptedMultiheadAttention
-from lightning_lora.layers.seam import AdaptedLayer
 from lightning_lora.sites import Site, named_submodules, pattern, sites, tied_names
 
 
@@ -206,18 +203,7 @@ def check_measurable(model: nn.Module, task: str = "default") -> None:
         model: The adapted model.
         task: The adapters' task.
     """
-    inside = {  # multiplied out of sight although they are layers
-        (id(owner), parameter)
-        for module in model.modules()
-        if isinstance(module, AdaptedMultiheadAttention)
-        for owner, parameter in module.reads(module)
-        if owner is not module
-    }
-    unseen = [
-        one.site
-        for one in _candidates(model, task)
-        if (id(one.site.module), one.site.parameter) in inside or not (one.layout.looked_up or sees_inputs(one))
-    ]
+    unseen = [one.site for one in _candidates(model, task) if not (one.layout.looked_up or sees_inputs(one))]
     if unseen:
         layers = sorted({site.name.rpartition(".")[0] for site in unseen})
         raise ValueError(
@@ -231,8 +217,7 @@ def _candidates(model: nn.Module, task: str) -> list[Candidate]:
     """Return the sites as ``input_hooks`` takes them, each with the tied layers that use its adapter."""
     tied, modules = tied_names(model), named_submodules(model)
     found: list[Candidate] = []
-    for site in sites(model, task):
-        size = (kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)
-        others = [Site(name, modules[name.rpartition(".")[0]], site.parameter) for name in tied[site.name]]
-        found.append(Candidate(site, size, site.slot.layout, frozenset(), tied=tuple(others)))
+    for one in of_sites(model, sites(model, task)):
+        others = [Site(name, modules[name.rpartition(".")[0]], one.site.parameter) for name in tied[one.site.name]]
+        found.append(one._replace(tied=tuple(others)))
     return found

@@ -8,6 +8,7 @@ gaussian       N(0, 1 / r^2), 0                            0
 orthogonal     random, from orthogonal subspaces of R^r    0 up to rounding
 pissa          from the SVD of the weight, largest values  the weight's best rank-r part, over s
 milora         likewise, smallest values                   the weight's least rank-r part, over s
+pissa_niter_n  as pissa, by n rounds of a fast SVD         the same nearly
 olora          from the QR decomposition of the weight     the weight's first columns, and what they span
 eva            directions of the layer's inputs, 0         0
 lora_ga        from the SVD of the weight's gradient       orthogonal to the gradient
@@ -21,7 +22,9 @@ factors.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -30,7 +33,17 @@ from torch import Tensor
 Initialisation = Literal["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora", "eva", "lora_ga"]
 FROM_DATA = ("eva", "lora_ga")
 KEEPS_START = ("pissa", "milora", "olora", "lora_ga")  # B @ A is not 0, so the adapter keeps A0 and B0
+_OVERSAMPLING = 10  # directions that a fast SVD takes beyond those asked for
 _GAMMA = 16.0  # of LoRA-GA: how small its start is
+
+
+def family(init: str) -> str:
+    """Return an initialisation without a number of rounds: ``pissa`` of ``pissa_niter_16``.
+
+    Args:
+        init: As ``LoRA`` has it.
+    """
+    return "pissa" if re.fullmatch(r"pissa_niter_\d+", str(init)) else init
 
 
 def kaiming(size_A: torch.Size, size_B: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -103,6 +116,30 @@ def pissa(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     return _shared(U[..., :r], S[..., :r] / scaling, Vh[..., :r, :])
 
 
+def fast_pissa(weight: Tensor, r: int, scaling: float, *, rounds: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return nearly what ``pissa`` does, for less where r is small beside the weight's sides.
+
+    The SVD is taken of what remains in r + 10 directions, which start random and go through rounds of subspace
+    iteration (Halko et al., 2009, arXiv:0909.4061, algorithms 4.4 and 5.1). PiSSA has it too, PEFT without the 10.
+
+    Args:
+        weight: (..., out, in).
+        r: Rank.
+        scaling: The factor s on ``B @ A``.
+        rounds: Number of rounds; with more it comes closer.
+        seed: Of the random directions, which are drawn on the CPU.
+    """
+    wide = _wide(weight)
+    size = min(r + _OVERSAMPLING, *wide.shape[-2:])
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(*wide.shape[:-2], wide.shape[-1], size, generator=generator).to(wide)
+    basis = torch.linalg.qr(wide @ random)[0]
+    for _ in range(rounds):
+        basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.mT @ basis)[0])[0]
+    U, S, Vh = _svd(basis.mT @ wide)
+    return _shared((basis @ U)[..., :r], S[..., :r] / scaling, Vh[..., :r, :])
+
+
 def milora(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """Return MiLoRA's start: that of PiSSA with the r smallest singular values (Wang et al., 2024, arXiv:2406.09044).
 
@@ -132,6 +169,18 @@ FROM_WEIGHT: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = 
     "milora": milora,
     "olora": olora,
 }
+
+
+def from_weight(init: str, seed: int) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]] | None:
+    """Return the function of a weight, a rank and a scale that gives the start, or None if it takes no weight.
+
+    Args:
+        init: As ``LoRA`` has it.
+        seed: Of what is random in it.
+    """
+    if family(init) != init:
+        return partial(fast_pissa, rounds=int(init.rpartition("_")[2]), seed=seed)
+    return FROM_WEIGHT.get(init)
 
 
 def lora_ga(gradient: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -186,34 +235,38 @@ def eva_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     return ranks
 
 
-def check_init(init: Initialisation, r: int, batches: int, spread: float, refused: Mapping[str, str]) -> None:
+def check_init(init: str, r: int, batches: int, similarity: float, spread: float, refused: Mapping[str, str]) -> None:
     """Check what LoRA says of its start.
 
     Args:
         init: The initialisation.
         r: Rank.
         batches: Number of batches that a start from data takes.
+        similarity: Cosine from which a direction of the data counts as settled.
         spread: How many times its own rank a matrix may get.
         refused: Initialisations that the method cannot have, and why.
 
     Raises:
         ValueError: If a value is out of its range.
     """
-    if init not in get_args(Initialisation):
-        raise ValueError(f"init={init!r}: must be one of {', '.join(get_args(Initialisation))}")
-    if init in refused:
-        raise ValueError(f"init={init!r}: {refused[init]}")
+    if family(init) not in get_args(Initialisation):
+        names = ", ".join(get_args(Initialisation))
+        raise ValueError(f"init={init!r}: must be one of {names}, or pissa_niter_16 with any number of rounds")
+    if family(init) in refused:
+        raise ValueError(f"init={init!r}: {refused[family(init)]}")
     if init == "orthogonal" and r % 2:
         raise ValueError(f"r={r}: init='orthogonal' gives half of the rank to each factor: use an even r")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"init_batches={batches!r}: must be a whole number of at least 1, for example init_batches=8")
+    if not (isinstance(similarity, int | float) and 0 <= similarity <= 1):
+        raise ValueError(f"init_similarity={similarity!r}: must be from 0 to 1, for example init_similarity=0.99")
     if not (isinstance(spread, int | float) and 1 <= spread < math.inf):
         raise ValueError(f"rank_spread={spread!r}: must be a finite number of at least 1, at which no rank changes")
     if spread != 1 and init != "eva":
         raise ValueError(f"rank_spread={spread:g} is for init='eva', which has measures of directions to go by")
 
 
-def check_rank(init: Initialisation, r: int, shape: tuple[int, ...]) -> None:
+def check_rank(init: str, r: int, shape: tuple[int, ...]) -> None:
     """Check that a matrix has as many directions as a start takes from it.
 
     Args:
@@ -226,7 +279,7 @@ def check_rank(init: Initialisation, r: int, shape: tuple[int, ...]) -> None:
     """
     there = shape[-1] if init == "eva" else min(shape[-2:])
     needed = 2 * r if init == "lora_ga" else r
-    if init in (*KEEPS_START, "eva") and needed > there:
+    if family(init) in (*KEEPS_START, "eva") and needed > there:
         raise ValueError(
             f"r={r}: init={init!r} takes {needed} directions of a matrix, and this one is {shape[-2]} x {shape[-1]}: "
             "give it a smaller rank by rank_pattern, or leave it out with exclude_modules"

@@ -130,6 +130,28 @@ class InputStatistics:
         share = squares / self.energy.double().clamp_min(torch.finfo(torch.float64).tiny)[..., None]
         return directions[..., :k, :].to(self.energy.dtype), share[..., :k].to(self.energy.dtype)
 
+    @torch.no_grad()
+    def follow(self, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return about what ``top`` does, to be asked after each batch: of a Gram matrix by subspace iteration.
+
+        Up to ``rank`` directions are returned. It is exact where rows are no longer than ``rank`` or an incremental SVD
+        is kept; otherwise each call comes closer.
+
+        Args:
+            before: The directions that the last call returned.
+        """
+        if self._sketch is not None:
+            return self.top(self._sketch.shape[-2])
+        gram: Tensor = self._gram  # type: ignore[assignment]
+        if before is None:
+            before = torch.randn(*self.stack, self.rank, self.width, generator=torch.Generator().manual_seed(0)).to(
+                gram
+            )
+        for _ in range(2):
+            before = torch.linalg.qr((before @ gram).mT)[0].mT
+        squares, vectors = torch.linalg.eigh(before @ gram @ before.mT)
+        return vectors.mT.flip(-2) @ before, squares.flip(-1).clamp_min(0) / self.energy[..., None]
+
     def explained(self, k: int) -> float:
         """Return the share of the energy of all inputs that their k leading directions hold (EVA, arXiv:2410.07170).
 
@@ -221,7 +243,7 @@ def _hook(one: Candidate, rows_of: Any, take: Take, mask: Tensor | None) -> Call
 
 def _rows_of(one: Candidate) -> Any:
     kind = kind_of(one.site.module)
-    if kind is None or one.layout.looked_up:
+    if kind is None or one.layout.looked_up or one.read:
         return None
     if issubclass(kind, AdaptedMultiheadAttention):
         return _attention_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.adapter import Adapter
-from lightning_lora.layout import Layout
+from lightning_lora.layout import Layout, whole_number
 from lightning_lora.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -157,3 +158,47 @@ def known_methods() -> dict[str, type[Method]]:
         if not inspect.isabstract(cls):
             found[cls.__name__] = cls
     return dict(sorted(found.items()))
+
+
+def check_r(r: object, lowest: int, example: int) -> None:
+    """Raise ``ValueError`` if a rank is out of range.
+
+    Args:
+        r: Rank.
+        lowest: The smallest there may be.
+        example: One to name.
+    """
+    if not (whole_number(r) and r >= lowest):  # type: ignore[operator]
+        raise ValueError(f"r={r!r}: the rank must be a whole number of at least {lowest}, for example r={example}")
+
+
+def check_alpha(alpha: object) -> None:
+    """Raise ``ValueError`` if an alpha is out of range.
+
+    Args:
+        alpha: Scale of a change.
+    """
+    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha={alpha!r}: must be a finite number above 0, for example alpha=16")
+
+
+def check_fraction(name: str, value: object, example: float) -> None:
+    """Raise ``ValueError`` if a field that is to be from 0 to below 1 is not.
+
+    Args:
+        name: The field's name.
+        value: Its value.
+        example: One to name.
+    """
+    if not (isinstance(value, int | float) and 0 <= value < 1):
+        raise ValueError(f"{name}={value!r}: must be at least 0 and below 1, for example {name}={example}")
+
+
+def check_scaling(scaling: object) -> None:
+    """Raise ``ValueError`` if a scaling is not one of those known.
+
+    Args:
+        scaling: What alpha is divided by.
+    """
+    if scaling not in ("linear", "rsqrt"):
+        raise ValueError(f"scaling={scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")

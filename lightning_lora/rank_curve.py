@@ -17,6 +17,7 @@ from lightning_lora.adapter import Adapter
 from lightning_lora.analysis import ThinSVD, thin_svd
 from lightning_lora.evaluation import Loss, loss_of, undisturbed
 from lightning_lora.merge import check_not_merged
+from lightning_lora.plots import empty_figure
 from lightning_lora.sites import sites
 from lightning_lora.switch import using
 
@@ -52,17 +53,10 @@ class RankCurve:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
-            from matplotlib.ticker import MaxNLocator
-        except ImportError:
-            raise ImportError(
-                "plot() draws with matplotlib, which is not installed: pip install lightning-lora[plots]"
-            ) from None
-        figure = Figure(figsize=(5, 3.5), layout="constrained")
+        figure = empty_figure("RankCurve.plot", 5, 3.5)
         axes = figure.add_subplot(xlabel="rank", ylabel="loss")
         axes.plot(list(self.losses), list(self.losses.values()), marker="o")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
         figure.savefig(path)
 
 

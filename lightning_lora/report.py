@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_lora.adapter import Adapter
+from lightning_lora.plots import empty_figure
 from lightning_lora.quantized import number_of_values
 from lightning_lora.sites import NUMBER, Site, pattern
 
@@ -92,11 +93,7 @@ def plot_importances(importances: Mapping[str, float], path: str | Path, kept: C
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise ImportError("plot_importances draws with matplotlib: pip install 'lightning-lora[plots]'")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1 + 0.25 * len(importances)), layout="constrained")
+    figure = empty_figure("plot_importances", 8, 1 + 0.25 * len(importances))
     axes = figure.add_subplot()
     colors = ["tab:blue" if name in kept else "lightsteelblue" for name in importances]
     axes.barh(list(importances), list(importances.values()), color=colors)
@@ -165,12 +162,8 @@ def plot_ranks(ranks: Mapping[str, int], path: str | Path) -> None:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise ImportError("plot_ranks draws with matplotlib: pip install 'lightning-lora[plots]'")
-    from matplotlib.figure import Figure
-
     grid, depths = _by_kind(ranks)
-    figure = Figure(figsize=(4 + 0.4 * len(depths), 1.5 + 0.4 * len(grid)), layout="constrained")
+    figure = empty_figure("plot_ranks", 4 + 0.4 * len(depths), 1.5 + 0.4 * len(grid))
     axes = figure.add_subplot()
     values = [[row.get(depth, float("nan")) for depth in depths] for row in grid.values()]
     image = axes.imshow(values, cmap="Blues", vmin=0, aspect="auto")

@@ -36,7 +36,7 @@ from lightning_lora import (
     use,
     using,
 )
-from lightning_lora.candidates import Candidate
+from lightning_lora.candidates import Candidate, of_sites
 from lightning_lora.evaluation import undisturbed
 from lightning_lora.gradient_means import GradientMeans
 from lightning_lora.input_statistics import InputStatistics, input_hooks, input_statistics, sees_inputs
@@ -115,6 +115,31 @@ def test_an_incremental_svd_that_drops_directions_never_claims_too_much() -> Non
     assert (share <= energy_along + 1e-12).all()
     assert share.sum() <= best.sum()
     assert share.sum() > 0.98 * best.sum()
+
+
+@pytest.mark.parametrize("exact_width", [2048, 0], ids=["Gram matrix", "incremental SVD"])
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["matrix", "stack"])
+def test_following_is_exact_where_all_directions_are_kept(stack: tuple[int, ...], exact_width: int) -> None:
+    statistics, before = InputStatistics("layer.weight", (*stack, 5, 6), exact_width=exact_width), None
+    for piece in decaying(40, 6, *stack).split(10, dim=-2):
+        statistics.update(piece)
+        before, share = statistics.follow(before)
+        directions, exact = statistics.top(6)
+        assert_same_directions(before, directions)
+        torch.testing.assert_close(share, exact)
+
+
+def test_following_comes_closer_with_every_call_where_few_of_many_directions_are_kept() -> None:
+    rows = draw(300, 50) * 0.9 ** torch.arange(50)
+    statistics, before, worst = InputStatistics("layer.weight", (5, 50), rank=8), None, []
+    statistics.update(rows)
+    for _ in range(5):
+        before, share = statistics.follow(before)
+        worst.append((before[:4] * by_svd(rows, 4)[0]).sum(-1).abs().min().item())
+    assert worst == sorted(worst)
+    assert worst[0] < 0.995
+    assert worst[-1] > 1 - 1e-6
+    torch.testing.assert_close(share[:4], by_svd(rows, 4)[1], atol=1e-6, rtol=0)
 
 
 def test_half_precision_is_widened() -> None:
@@ -252,15 +277,27 @@ def test_the_fused_path_of_an_encoder_does_not_hide_its_layers_inputs(adapted: b
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_inputs_that_are_multiplied_out_of_sight_are_not_seen() -> None:
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_inputs_that_are_multiplied_out_of_sight_are_not_seen(adapted: bool) -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    attention.out_proj = nn.Linear(4, 4)  # type: ignore[assignment]  # read all the same
     model = nn.ModuleDict(
-        {"embedding": nn.Embedding(9, 4), "lstm": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2)}
+        {
+            "embedding": nn.Embedding(9, 4),
+            "lstm": nn.LSTM(4, 4),
+            "attention": nn.MultiheadAttention(4, 2),
+            "other": attention,
+            "out_proj": nn.Linear(4, 4),
+        }
     )
-    found = find_targets(model, ["embedding", "lstm", "attention"])
+    targets = ["embedding", "lstm", "attention", "other", "out_proj"]
+    found = of_sites(model, inject(model, LoRA(r=2), targets)) if adapted else find_targets(model, targets)
     assert [one.site.name for one in found if sees_inputs(one)] == [
         "attention.in_proj_weight",
-        "attention.out_proj.weight",
+        "other.in_proj_weight",
+        "out_proj.weight",
     ]
+    assert {one.site.name for one in found if one.read} == {"attention.out_proj.weight", "other.out_proj.weight"}
 
 
 def test_masked_tokens_do_not_count() -> None:

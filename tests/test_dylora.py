@@ -31,6 +31,8 @@ from lightning_lora import (
 from lightning_lora.methods.dylora import DyLoRAAdapter, RankSampling
 
 METHOD = DyLoRA(r=4, alpha=3)
+FROZEN = DyLoRA(r=4, alpha=3, frozen=True)
+both = pytest.mark.parametrize("method", [METHOD, FROZEN], ids=["all of the prefix", "its last rank"])
 
 
 def adapters(model: nn.Module) -> list[DyLoRAAdapter]:
@@ -123,6 +125,76 @@ def test_adapters_of_smaller_rank_take_part_with_all_they_have() -> None:
     assert used == {(1, 1, 1), (2, 2, 2), (3, 3, 2), (4, 4, 2)}
 
 
+# ---- the last rank only
+
+
+@pytest.mark.parametrize("build", [adamw, lambda p: SGD(p, lr=0.05, momentum=0.9)], ids=["AdamW", "SGD with momentum"])
+def test_frozen_trains_the_bth_row_and_column_each_with_a_history_of_its_own(build: Build) -> None:
+    ours, plain = net(), net()
+    train(ours, FROZEN, 14, build)
+    inject(plain, LoRA(r=4, alpha=3), seed=1)
+    pairs = [site.adapter("default") for site in sites(plain)]
+    rows = [[nn.Parameter(row.detach().clone()) for row in pair.lora_A] for pair in pairs]
+    columns = [[nn.Parameter(column.detach().clone()) for column in pair.lora_B.T] for pair in pairs]
+    optimizer, ranks = build([p for one in (*rows, *columns) for p in one]), RankSampling(adapters(ours)).rank
+    for t, (x, y) in enumerate(batches(14)):
+        b = ranks(t)
+        h, o = (
+            layer.weight + 3 / b * sum(torch.outer(column, row) for column, row in zip(B[:b], A[:b], strict=True))
+            for layer, A, B in zip((plain.first, plain.second), rows, columns, strict=True)
+        )
+        output = torch.tanh(x @ h.T + plain.first.bias) @ o.T + plain.second.bias
+        optimizer.zero_grad()
+        (output - y).square().mean().backward()
+        for one in (*rows, *columns):
+            for i, parameter in enumerate(one):
+                if i != b - 1:
+                    parameter.grad = None  # the optimizer passes it by
+                elif build is adamw:  # whose count of steps is that of the run
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[parameter] = {
+                        **moments,
+                        **optimizer.state[parameter],
+                        "step": torch.tensor(float(t)),
+                    }
+        optimizer.step()
+    for adapter, A, B in zip(adapters(ours), rows, columns, strict=True):
+        assert (adapter.lora_A - torch.stack(list(A))).abs().max() < 1e-13
+        assert (adapter.lora_B - torch.stack(list(B), 1)).abs().max() < 1e-13
+        assert (adapter.lora_B.abs().sum(0) > 0).all()
+
+
+@pytest.mark.parametrize("pattern", [{}, {"second": 2}], ids=["one rank", "a smaller one"])
+def test_frozen_leaves_everything_but_the_last_row_and_column_of_the_prefix_bit_for_bit(pattern: Any) -> None:
+    model = net()
+    inject(model, FROZEN, rank_pattern=pattern, seed=1)
+    optimizer = adamw(trainable(model))
+    [schedule] = FROZEN.schedules(sites(model), "default")
+    for x, y in batches(12):
+        b = schedule.rank(schedule.step)
+        before = copy.deepcopy(adapters(model))
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        schedule.before_step(optimizer)
+        gradients = [(one.lora_A.grad.any(1), one.lora_B.grad.any(0)) for one in adapters(model)]
+        optimizer.step()
+        schedule.after_step(optimizer)
+        for one, earlier, (A, B) in zip(adapters(model), before, gradients, strict=True):
+            last = torch.arange(one.method.r) == min(b, one.method.r) - 1
+            assert torch.equal((one.lora_A != earlier.lora_A).any(1), last)
+            assert torch.equal((one.lora_B != earlier.lora_B).any(0), last)
+            assert not (A & ~last).any()
+            assert torch.equal(B, last)
+
+
+def test_frozen_lets_a_frozen_a_be() -> None:
+    method = DyLoRA(r=4, alpha=3, freeze_A=True, frozen=True)
+    model, start = after(6, method), after(0, method)
+    for one, other in zip(adapters(model), adapters(start), strict=True):
+        assert torch.equal(one.lora_A, other.lora_A)
+        assert one.lora_B.any()
+
+
 # ---- one model at every rank
 
 
@@ -211,12 +283,13 @@ def test_after_a_run_training_mode_uses_the_whole_pair(trainer: Any) -> None:
     assert all(one.sample is None for one in adapters(module))
 
 
+@both
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_resumed_run_equals_the_uninterrupted_one(stop: int, trainer: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(stop: int, method: DyLoRA, trainer: Any, tmp_path: Path) -> None:
     whole, part, rest = Lit(), Lit(), Lit()
-    run(trainer, whole, 9, METHOD)
-    run(trainer, part, stop, METHOD).save_checkpoint(tmp_path / "a.ckpt")
-    run(trainer, rest, 9, METHOD, ckpt_path=tmp_path / "a.ckpt")
+    run(trainer, whole, 9, method)
+    run(trainer, part, stop, method).save_checkpoint(tmp_path / "a.ckpt")
+    run(trainer, rest, 9, method, ckpt_path=tmp_path / "a.ckpt")
     assert part.losses + rest.losses == whole.losses
     assert same(rest.state_dict(), whole.state_dict())
 
@@ -232,10 +305,11 @@ def test_a_run_resumed_with_another_seed_goes_on_with_the_first_ones_ranks(
     assert part.losses + rest.losses == whole.losses
 
 
-def test_accumulated_gradients_make_the_same_run(trainer: Any) -> None:
+@both
+def test_accumulated_gradients_make_the_same_run(method: DyLoRA, trainer: Any) -> None:
     whole, parts = Lit(), Lit()
-    trainer(callbacks=[LoRACallback(METHOD)], max_epochs=3).fit(whole, loader(4, 4))
-    trainer(callbacks=[LoRACallback(METHOD)], max_epochs=3, accumulate_grad_batches=2).fit(parts, loader(8, 2))
+    trainer(callbacks=[LoRACallback(method)], max_epochs=3).fit(whole, loader(4, 4))
+    trainer(callbacks=[LoRACallback(method)], max_epochs=3, accumulate_grad_batches=2).fit(parts, loader(8, 2))
     for name, value in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name], value, rtol=0, atol=1e-5)
 

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,18 @@ from lightning_lora import (
     start_from_data,
     using,
 )
-from lightning_lora.initialisations import KEEPS_START, eva_ranks, lora_ga, milora, olora, pissa
+from lightning_lora.initialisations import (
+    KEEPS_START,
+    eva_ranks,
+    fast_pissa,
+    from_weight,
+    lora_ga,
+    milora,
+    olora,
+    pissa,
+)
 
-every_kept_start = pytest.mark.parametrize("init", ["pissa", "milora", "olora"])
+every_kept_start = pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "milora", "olora"])
 
 
 class Mlp(nn.Module):
@@ -108,6 +118,48 @@ def test_pissa_takes_the_best_approximation_of_the_weight_with_its_singular_valu
     assert torch.allclose(B.mT @ B, torch.diag_embed(S[..., :r] / s), atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (2, 60, 90)], ids=["tall", "wide", "stack"])
+def test_a_fast_pissa_comes_as_close_to_the_exact_singular_values_as_its_rounds_go(shape: tuple[int, ...]) -> None:
+    weight, s, r = data(*shape), 3.0, 4
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    best = U[..., :r] @ torch.diag_embed(S[..., :r]) @ Vh[..., :r, :]
+    values, parts = [], []
+    for rounds in (0, 4, 64):
+        A, B = fast_pissa(weight, r, s, rounds=rounds, seed=1)
+        assert torch.allclose(A @ A.mT, B.mT @ B, atol=1e-12)
+        values.append(((s * torch.diagonal(A @ A.mT, dim1=-2, dim2=-1) / S[..., :r]) - 1).abs().max().item())
+        parts.append(((s * B @ A - best).norm() / best.norm()).item())
+    assert values == sorted(values, reverse=True)
+    assert parts == sorted(parts, reverse=True)
+    assert values[0] > 0.1  # a random matrix has no few directions that stand out
+    assert values[1] < 0.02
+    assert values[2] < 1e-6
+    assert parts[2] < 1e-3
+
+
+def test_a_fast_pissa_is_exact_where_few_directions_stand_out_and_where_it_takes_all() -> None:
+    for weight in (data(90, 4) @ data(4, 60), data(12, 9)):
+        (A, B), (exact_A, exact_B) = fast_pissa(weight, 3, 2.0, rounds=1, seed=1), pissa(weight, 3, 2.0)
+        assert torch.allclose(B @ A, exact_B @ exact_A, atol=1e-11)
+
+
+def test_the_directions_of_a_fast_pissa_are_the_adapters_own_and_draw_nothing_from_the_run() -> None:
+    starts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(60, 90))
+        torch.manual_seed(len(starts))
+        before = torch.random.get_rng_state()
+        [site] = inject(model, LoRA(r=3, init="pissa_niter_2"), seed=seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        adapter = site.adapter("default")
+        starts.append(adapter.lora_A.detach())
+        expected = fast_pissa(model[0].weight, 3, adapter.scaling, rounds=2, seed=adapter.seed)[0]
+        assert torch.equal(starts[-1], expected)
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
 def test_milora_takes_what_the_best_approximation_of_the_complementary_rank_leaves() -> None:
     weight, s, r = data(7, 5), 3.0, 2
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -126,7 +178,7 @@ def test_olora_takes_orthonormal_columns_and_a_triangle_that_give_the_weights_fi
 
 @every_kept_start
 def test_a_start_in_half_precision_is_computed_in_single(init: str) -> None:
-    A, B = {"pissa": pissa, "milora": milora, "olora": olora}[init](data(7, 5, dtype=torch.bfloat16), 2, 1.0)
+    A, B = from_weight(init, 0)(data(7, 5, dtype=torch.bfloat16), 2, 1.0)
     assert A.dtype == B.dtype == torch.float32
 
 
@@ -182,7 +234,7 @@ def test_the_start_of_an_embedding_is_that_of_its_matrix(init: str) -> None:
     (site,) = inject(model, LoRA(r=2, init=init), ["0"])
     adapter, index = site.adapter("default"), torch.arange(9)
     start = adapter.scaling * adapter.lora_B @ adapter.lora_A
-    expected = {"pissa": pissa, "milora": milora, "olora": olora}[init](model[0].weight, 2, adapter.scaling)
+    expected = from_weight(init, adapter.seed)(model[0].weight, 2, adapter.scaling)
     assert torch.allclose(start, adapter.scaling * expected[1] @ expected[0], atol=1e-14)
     assert torch.equal(model(index), model[0].weight)
 
@@ -355,8 +407,9 @@ def squares(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def started(init: Any, method: Any = LoRA, count: int = 3, **fields: Any) -> Any:
+    """Started from all of the batches."""
     model = mlp()
-    inject(model, method(r=2, alpha=6, init=init, **fields), seed=1)
+    inject(model, method(r=2, alpha=6, init=init, init_similarity=1.0, **fields), seed=1)
     assert start_from_data(model, batches(count), squares(model)) == []
     return model
 
@@ -422,6 +475,76 @@ def test_no_more_batches_than_asked_for_are_used() -> None:
             assert torch.equal(one.adapter("default").lora_A, other.adapter("default").lora_A)
 
 
+def noisy(count: int) -> list[Tensor]:
+    """Inputs with directions of decreasing size, in batches so small that these take a while to settle."""
+    size = torch.tensor([3.0, 2.3, 1.6, 1.0, 0.5, 0.2], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(8, 6, generator=generator, dtype=torch.float64) * size for _ in range(count)]
+
+
+def settled_after(batches: list[Tensor], similarity: float, spread: float) -> int:
+    """How many batches it takes, from the singular vectors of all inputs so far of both layers."""
+    plain, before, r = mlp(), [], 2
+    for n in range(1, len(batches) + 1):
+        x = torch.cat(batches[:n])
+        inputs = [x, torch.tanh(plain.first(x)).detach()]
+        values, now = zip(*(torch.linalg.svd(one, full_matrices=False)[1:] for one in inputs), strict=True)
+        ranks = [r, r]
+        if spread != 1:
+            shares = [(S**2 / (S**2).sum())[: int(r * spread)] for S in values]
+            best = sorted(((-float(v), i) for i, share in enumerate(shares) for v in share[1:]))[: 2 * r - 2]
+            ranks = [1 + sum(i == layer for _, i in best) for layer in range(2)]
+        pairs = zip(before, now, ranks, strict=True) if before else ()
+        cosines = [(one[:rank] * other[:rank]).sum(-1).abs().min() for one, other, rank in pairs]
+        if before and all(cosine >= similarity for cosine in cosines):
+            return n
+        before = list(now)
+    return len(batches)
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0])
+@pytest.mark.parametrize("similarity", [0.5, 0.9, 0.99, 0.9999, 1.0])
+def test_eva_stops_at_the_batch_behind_which_no_direction_it_takes_has_moved(similarity: float, spread: float) -> None:
+    data, read = noisy(40), []
+    expected = settled_after(data, similarity, spread)
+    model = mlp()
+    inject(model, LoRA(r=2, init="eva", init_batches=40, init_similarity=similarity, rank_spread=spread), seed=1)
+    start_from_data(model, data, lambda batch: read.append(batch) or model(batch))  # type: ignore[func-returns-value]
+    assert len(read) == expected
+    A = sites(model)[0].adapter("default").lora_A.detach()
+    exact = torch.linalg.svd(torch.cat(data[:expected]), full_matrices=False)[2][: len(A)]
+    assert torch.allclose((A @ exact.mT).abs(), torch.eye(len(A), dtype=torch.float64), atol=1e-6)
+
+
+def test_directions_settle_later_the_closer_they_are_to_have_stood_still() -> None:
+    counts = [settled_after(noisy(40), similarity, 1.0) for similarity in (0.5, 0.9, 0.99, 0.9999)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[2] < 40  # what the test above tells apart
+
+
+def test_eva_goes_on_for_a_layer_that_no_batch_has_reached_and_not_for_one_that_it_cannot_see() -> None:
+    class Late(nn.Module):
+        def __init__(self, other: nn.Module) -> None:
+            super().__init__()
+            self.first, self.other, self.calls = nn.Linear(6, 5), other, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.other(self.first(x)) if self.calls > 4 else self.first(x)
+
+    same, read = [data(9, 6, dtype=torch.float32)] * 8, []
+    for other in (nn.Linear(5, 5), nn.LSTM(5, 5)):
+        model = Late(other)
+        inject(model, LoRA(r=2, init="eva"), ["first", "other"])
+        start_from_data(model, same, lambda batch, model=model: [model(batch)])  # type: ignore[misc]
+        read.append(model.calls)
+    assert read == [6, 2]
+    model = Late(nn.LSTM(5, 5))
+    inject(model, LoRA(r=2, init="eva", init_similarity=1.0), ["first", "other"])
+    start_from_data(model, same, lambda batch: [model(batch)])  # type: ignore[arg-type, return-value]
+    assert model.calls == 8
+
+
 def test_eva_gives_the_budget_to_the_largest_shares_and_at_least_one_rank_to_each() -> None:
     shares = {"a": torch.tensor([0.5, 0.3, 0.15, 0.05]), "b": torch.tensor([0.9, 0.02]), "c": torch.tensor([0.3, 0.2])}
     assert eva_ranks(shares, 6) == {"a": 3, "b": 1, "c": 2}
@@ -454,14 +577,21 @@ def test_matrices_whose_inputs_cannot_be_seen_keep_loras_own_start_and_are_named
     assert torch.equal(one.adapter("default").lora_A, same.adapter("default").lora_A)
 
 
-def test_two_processes_get_the_start_of_all_their_batches_and_the_same_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What data_start_processes.py wrote."""
+    folder = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("data_start_processes.py")
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, timeout=120)
+    return folder
+
+
+def test_two_processes_get_the_start_of_all_their_batches_and_the_same_one(two_processes: Path) -> None:
     from data_start_processes import data as all_batches
     from data_start_processes import started as in_one_process
 
-    script = Path(__file__).with_name("data_start_processes.py")
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
     for init in ("eva", "lora_ga"):
-        one, other = (torch.load(tmp_path / f"{init}-{rank}.pt") for rank in range(2))
+        one, other = (torch.load(two_processes / f"{init}-{rank}.pt") for rank in range(2))
         whole = in_one_process(init, all_batches())
         assert one.keys() == other.keys() == whole.keys()
         for name, value in whole.items():
@@ -470,13 +600,32 @@ def test_two_processes_get_the_start_of_all_their_batches_and_the_same_one(tmp_p
             assert torch.allclose(one[name].abs(), value.abs(), atol=1e-6)
 
 
+def test_two_processes_stop_at_the_same_batch_when_the_directions_of_both_have_settled(two_processes: Path) -> None:
+    from data_start_processes import settled, streams
+
+    alone = [settled(stream)[0] for stream in streams()]
+    assert alone[0] == 2
+    assert 3 < alone[1] < 30
+    (short, one), (long, other) = (torch.load(two_processes / f"settled-{rank}.pt") for rank in range(2))
+    assert (short, long) == (3, alone[1])  # the first has three batches in all, and waits
+    assert torch.equal(one, other)
+    counts = [torch.load(two_processes / f"moving-{rank}.pt")[0] for rank in range(2)]
+    still = []
+    for rank in range(2):
+        half = streams()[1][rank::2]
+        so_far = [torch.linalg.svd(torch.cat(half[: n + 1]))[2][:2] for n in range(len(half))]
+        still.append([bool(((V * before).sum(-1).abs() >= 0.99).all()) for before, V in pairwise(so_far)])
+    assert counts == [2 + [all(both) for both in zip(*still, strict=True)].index(True)] * 2
+    assert still[0].index(True) != still[1].index(True)
+
+
 @pytest.mark.parametrize(
     "method",
     [
         LoRA(r=1, init="eva", init_batches=2),
-        LoRA(r=2, init="eva", rank_spread=2.0),
+        LoRA(r=2, init="eva", init_similarity=1.0, rank_spread=2.0),
         LoRA(r=1, init="lora_ga", scaling="rsqrt"),
-        LoRAFA(r=2, init="eva", gradient="fa"),
+        LoRAFA(r=2, init="eva", init_similarity=1.0, gradient="fa"),
     ],
     ids=["eva", "eva with other ranks", "lora_ga", "lora_fa from eva"],
 )
@@ -537,6 +686,8 @@ def test_eva_lets_a_frozen_A_reach_most_of_the_gradient() -> None:
 def test_methods_whose_adapters_cannot_keep_a_start_refuse_it(method: Any, init: Any) -> None:
     with pytest.raises(ValueError, match=f"init='{init}': "):
         method(init=init)
+    with pytest.raises(ValueError, match="init='pissa_niter_4': "):
+        method(init="pissa_niter_4")
 
 
 def test_adalora_refuses_starts_frozen_factors_and_other_gradients_with_the_reason() -> None:

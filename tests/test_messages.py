@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,8 +56,6 @@ from triggers import (
     over_trainable,
     packed,
     packed_convolution,
-    plot_importances_without_matplotlib,
-    plot_ranks_without_matplotlib,
     removed,
     repeated,
     resume,
@@ -125,18 +124,14 @@ from lightning_lora.merge import _Loss, _warn_of
 from lightning_lora.offline import export, inspect, merge
 from lightning_lora.optim import place, the_optimizer
 from lightning_lora.quantized import check_requantizable, keep_differentiable
+from lightning_lora.rank_curve import RankCurve
+from lightning_lora.report import plot_importances, plot_ranks
 from lightning_lora.sharing import share
 from lightning_lora.strategies import LoRAFSDP2Strategy
 from lightning_lora.strategies.blocks import blocks_of
 
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/lora", ValueError): {
-        "r=0: the rank must be a whole number of at least 1, for example r=8": lambda: LoRA(r=0),
-        "alpha=-1: must be a finite number above 0, for example alpha=16": lambda: LoRA(alpha=-1),
-        "dropout=1.5: must be at least 0 and below 1, for example dropout=0.05": lambda: LoRA(dropout=1.5),
-        "scaling='cubic': must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))": (
-            lambda: LoRA(scaling="cubic")  # type: ignore[arg-type]
-        ),
         "lora_bias=True is not supported, because it computes something else than plain LoRA: merge it into the "
         "base with PEFT": lambda: LoRA.from_peft({"peft_type": "LORA", "lora_bias": True}),
         "init_lora_weights='pissa' changed the base's weights too: convert it to plain LoRA with PEFT's "
@@ -158,13 +153,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "gradient='plain'": lambda: HiRA(gradient="lora_pro"),
     },
     ("methods/vera", ValueError): {
-        "r=0: the rank must be a whole number of at least 1, for example r=256": lambda: VeRA(r=0),
         "d_init=0: must be a finite number other than 0, at which b would get no gradient, for example d_init=0.1": (
             lambda: VeRA(d_init=0)
         ),
         "projection_seed=-1: must be a whole number of at least 0, such as 0": lambda: VeRA(projection_seed=-1),
         "save_projection=1: must be True or False": lambda: VeRA(save_projection=1),  # type: ignore[arg-type]
-        "dropout=1.5: must be at least 0 and below 1, for example dropout=0.05": lambda: VeRA(dropout=1.5),
         "magnitude=2: must be True (DVoRA) or False (VeRA)": lambda: VeRA(magnitude=2),  # type: ignore[arg-type]
         "alpha=8.0: VeRA has no alpha / r scale: leave alpha_pattern out": (
             lambda: inject(net(), VeRA(), alpha_pattern={"first": 8.0})
@@ -180,6 +173,19 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("method", ValueError): {
+        "r=0: the rank must be a whole number of at least 1, for example r=8": lambda: LoRA(r=0),
+        "alpha=-1: must be a finite number above 0, for example alpha=16": lambda: LoRA(alpha=-1),
+        "dropout=1.5: must be at least 0 and below 1, for example dropout=0.05": lambda: LoRA(dropout=1.5),
+        "scaling='cubic': must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))": (
+            lambda: LoRA(scaling="cubic")  # type: ignore[arg-type]
+        ),
+        "r=0: the rank must be a whole number of at least 1, for example r=256": lambda: VeRA(r=0),
+        "beta1=1: must be at least 0 and below 1, for example beta1=0.1": lambda: AdaLoRA(beta1=1),
+        "dropout=-1: must be at least 0 and below 1, for example dropout=0.05": lambda: VeRA(dropout=-1),
+        "alpha=0: must be a finite number above 0, for example alpha=16": lambda: AdaLoRA(alpha=0),
+        "scaling=None: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))": (
+            lambda: AdaLoRA(scaling=None)  # type: ignore[arg-type]
+        ),
         "the adapters of LoRA share nothing that is drawn again": lambda: LoRA().redrawn({}),
     },
     ("methods/dylora", ValueError): {
@@ -227,14 +233,16 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "init='eva' cannot see what goes into them": lambda: fit(Idle(), method=LoRA(r=1, init="eva"), audit=False),
     },
     ("initialisations", ValueError): {
-        "init='svd': must be one of kaiming, gaussian, orthogonal, pissa, milora, olora, eva, lora_ga": (
-            lambda: LoRA(init="svd")  # type: ignore[arg-type]
-        ),
+        "init='svd': must be one of kaiming, gaussian, orthogonal, pissa, milora, olora, eva, lora_ga, or "
+        "pissa_niter_16 with any number of rounds": lambda: LoRA(init="svd"),
         "r=3: init='orthogonal' gives half of the rank to each factor: use an even r": (
             lambda: LoRA(r=3, init="orthogonal")
         ),
         "init_batches=0: must be a whole number of at least 1, for example init_batches=8": (
             lambda: LoRA(init="eva", init_batches=0)
+        ),
+        "init_similarity=99: must be from 0 to 1, for example init_similarity=0.99": (
+            lambda: LoRA(init="eva", init_similarity=99)
         ),
         "rank_spread=0.5: must be a finite number of at least 1, at which no rank changes": (
             lambda: LoRA(init="eva", rank_spread=0.5)
@@ -245,12 +253,7 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     },
     ("methods/adalora", ValueError): {
         "mask_every=0: must be a whole number of at least 1, for example mask_every=8": lambda: AdaLoRA(mask_every=0),
-        "beta1=1: must be at least 0 and below 1, for example beta1=0.1": lambda: AdaLoRA(beta1=1),
-        "alpha=0: must be a finite number above 0, for example alpha=16": lambda: AdaLoRA(alpha=0),
         "orthogonality=-1: must be finite and not below 0, for example 0.1": lambda: AdaLoRA(orthogonality=-1),
-        "scaling='cubic': must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))": (
-            lambda: AdaLoRA(scaling="cubic")  # type: ignore[arg-type]
-        ),
         "sensitivity='step': must be 'post_step' (released code) or 'pre_step' (the paper)": (
             lambda: AdaLoRA(sensitivity="step")  # type: ignore[arg-type]
         ),
@@ -302,11 +305,16 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "AdapterEMA averages the adapters that the run starts with, and LoRADrop takes some of them away: average in a "
         "second run, from the checkpoint of this one": lambda: fit(None, AdapterEMA(0.9), method=LoRADrop(r=2)),
     },
-    ("report", ImportError): {
+    ("plots", ImportError): {
         "plot_importances draws with matplotlib: pip install 'lightning-lora[plots]'": (
-            plot_importances_without_matplotlib
+            lambda: without_matplotlib(partial(plot_importances, {"first.weight": 1.0}))
         ),
-        "plot_ranks draws with matplotlib: pip install 'lightning-lora[plots]'": plot_ranks_without_matplotlib,
+        "plot_ranks draws with matplotlib: pip install 'lightning-lora[plots]'": (
+            lambda: without_matplotlib(partial(plot_ranks, {"first.weight": 2}))
+        ),
+        "RankCurve.plot draws with matplotlib: pip install 'lightning-lora[plots]'": (
+            lambda: without_matplotlib(RankCurve({}, {}, {}).plot)
+        ),
     },
     ("layout", ValueError): {
         "layout: groups=0 is no field of a layout, or out of its range": lambda: Layout.from_description({"groups": 0}),
@@ -356,9 +364,6 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("gradient_means", RuntimeError): {
         "a weight of shape [8, 4] got its gradient in several parts in one batch, as reentrant checkpointing gives it "
         "to a layer that is used twice: pass use_reentrant=False": gradient_in_parts,
-    },
-    ("rank_curve", ImportError): {
-        "plot() draws with matplotlib, which is not installed: pip install lightning-lora[plots]": without_matplotlib,
     },
     ("input_statistics", ValueError): {
         "first.weight got no input: the batches did not call its layer, or its inputs cannot be seen (embeddings, "

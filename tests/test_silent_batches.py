@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ class Looks(L.Callback):
     Args:
         when: ``"middle"`` of the first epoch, ``"before"`` there are optimizers, or ``"never"``.
         batches: How many.
+        left: How many more it asks for, and closes.
     """
 
-    def __init__(self, when: str, batches: int = 3) -> None:
+    def __init__(self, when: str, batches: int = 3, left: int = 0) -> None:
         self.when = when
+        self.left = left
         self.batches = batches
         self.losses: list[float] = []
         self.modes: list[bool] = []
@@ -70,24 +73,28 @@ class Looks(L.Callback):
 
     def look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.__dict__.pop("configure_model", None)
-        for loss in silent_losses(trainer, pl_module, self.batches):
+        losses = silent_losses(trainer, pl_module, self.batches + self.left)
+        for loss in islice(losses, self.batches):
             loss.backward()
             self.losses.append(loss.item())
             self.modes.append(pl_module.training)
+        losses.close()
         weight = pl_module.net.first.weight
         self.gradient = weight.grad.abs().sum().item()
         pl_module.zero_grad()
 
 
 @pytest.mark.parametrize("when", ["middle", "before"])
-@pytest.mark.parametrize(("own_generator", "workers"), [(False, 0), (True, 0), (False, 1)])
+@pytest.mark.parametrize(
+    ("own_generator", "workers", "left"), [(False, 0, 0), (True, 0, 0), (False, 1, 0), (True, 0, 1), (False, 1, 1)]
+)
 def test_the_run_is_bit_for_bit_the_same_as_without_the_look(
-    when: str, own_generator: bool, workers: int, tmp_path: Path, trainer: Callable[..., L.Trainer]
+    when: str, own_generator: bool, workers: int, left: int, tmp_path: Path, trainer: Callable[..., L.Trainer]
 ) -> None:
     runs = {}
     for kind in ("never", when):
         torch.manual_seed(1)
-        module, looks, logger = Noisy(own_generator, workers), Looks(kind), CSVLogger(tmp_path, name=kind)
+        module, looks, logger = Noisy(own_generator, workers), Looks(kind, left=left), CSVLogger(tmp_path, name=kind)
         trainer(callbacks=[looks], logger=logger, log_every_n_steps=1).fit(module)
         logged = (Path(logger.log_dir) / "metrics.csv").read_text()
         runs[kind] = (module.state_dict(), logged, module.calls)

@@ -24,7 +24,6 @@ from lightning_lora import (
     LoRA,
     LoRACallback,
     Method,
-    RankCurve,
     inject,
     merged,
     recommend_targets,
@@ -38,7 +37,6 @@ from lightning_lora.derived_groups import split
 from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
-from lightning_lora.report import plot_importances, plot_ranks
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FIRST = "base_model.model.first."  # PEFT's name of the first layer of Net
@@ -404,10 +402,10 @@ def seen_inputs() -> InputStatistics:
     return statistics
 
 
-def without_matplotlib() -> None:
-    """Plot a curve where matplotlib cannot be imported."""
+def without_matplotlib(plot: Callable[[str], object]) -> None:
+    """Plot where matplotlib cannot be imported."""
     with mock.patch.dict("sys.modules", {"matplotlib": None, "matplotlib.figure": None}):
-        RankCurve({}, {}, {}).plot("curve.png")
+        plot("plot.png")
 
 
 def gradient_in_parts() -> None:
@@ -419,13 +417,3 @@ def gradient_in_parts() -> None:
         return torch.stack(halves).sum()
 
     recommend_targets(model, [torch.ones(4, 4)], loss)
-
-
-def plot_ranks_without_matplotlib() -> None:
-    with mock.patch("lightning_lora.report.find_spec", return_value=None):
-        plot_ranks({"first.weight": 2}, "ranks.png")
-
-
-def plot_importances_without_matplotlib() -> None:
-    with mock.patch("lightning_lora.report.find_spec", return_value=None):
-        plot_importances({"first.weight": 2}, "ranks.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 
-def silent_losses(trainer: Trainer, pl_module: LightningModule, batches: int) -> Iterator[Tensor]:
+def silent_losses(trainer: Trainer, pl_module: LightningModule, batches: int) -> Generator[Tensor, None, None]:
     """Yield the losses of ``training_step`` on batches of the training data, at most one epoch of them.
 
     It works in mid-run, between two batches, and inside ``configure_model``, before there are optimizers; there the
@@ -30,7 +30,7 @@ def silent_losses(trainer: Trainer, pl_module: LightningModule, batches: int) ->
     of its own, so a resumed run sees the same ones. What else ``training_step`` keeps on its module stays there.
 
     Gradients are the caller's: put the loop in ``torch.no_grad()``, or call ``backward`` on what is yielded. Run it to
-    its end; ask for fewer batches instead of leaving the loop.
+    its end, or ``close`` it.
 
     Args:
         trainer: The Trainer, in ``fit``.
@@ -56,7 +56,10 @@ def silent_losses(trainer: Trainer, pl_module: LightningModule, batches: int) ->
                 output: Any = trainer.strategy.training_step(*((moved, index) if takes_index else (moved,)))
                 loss = output["loss"] if isinstance(output, Mapping) else output
                 if loss is not None:
-                    yield loss
+                    try:
+                        yield loss
+                    except GeneratorExit:
+                        return  # rather than pass it on: isolate_rng puts nothing back if something is raised
 
 
 def check_looks(pl_module: LightningModule) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter, Role
 from lightning_lora.layout import Layout, whole_number
-from lightning_lora.method import Method
+from lightning_lora.method import Method, check_alpha, check_fraction, check_scaling
 from lightning_lora.rank_allocation import RankAllocation
 from lightning_lora.schedule import Schedule
 
@@ -103,15 +103,11 @@ class AdaLoRA(Method):
             if not (whole_number(value) and value >= bound) and not (value is None and name.endswith("_steps")):
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least {bound}, for example {name}=8")
         for name in ("dropout", "beta1", "beta2"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 <= value < 1):
-                raise ValueError(f"{name}={value!r}: must be at least 0 and below 1, for example {name}=0.1")
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r}: must be a finite number above 0, for example alpha=16")
+            check_fraction(name, getattr(self, name), example=0.1)
+        check_alpha(self.alpha)
+        check_scaling(self.scaling)
         if not (isinstance(self.orthogonality, int | float) and 0 <= self.orthogonality < math.inf):
             raise ValueError(f"orthogonality={self.orthogonality!r}: must be finite and not below 0, for example 0.1")
-        if self.scaling not in ("linear", "rsqrt"):
-            raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
         if self.sensitivity not in ("post_step", "pre_step"):
             raise ValueError(
                 f"sensitivity={self.sensitivity!r}: must be 'post_step' (released code) or 'pre_step' (the paper)"

@@ -39,10 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DyLoRA(LoRA):
-    """LoRA that is trained for every rank up to r at once; the fields are those of ``LoRA``.
+    """LoRA that is trained for every rank up to r at once; the other fields are those of ``LoRA``.
 
     A prefix of rank b is the adapter of ``LoRA(r=b)`` with the same alpha. At full rank it is LoRA. During a run and in
     training mode, all that looks at an adapter (``merged``, say) sees the prefix of the step.
+
+    Args:
+        frozen: Whether the lower ranks stay frozen while a higher one is trained: a step of rank b changes the b-th row
+            and column only, and nothing of the optimizer's state of the others (the paper's FROZEN, algorithm 1).
 
     Raises:
         ValueError: If a value is out of its range.
@@ -52,6 +56,7 @@ class DyLoRA(LoRA):
         **dict.fromkeys(KEEPS_START, "a prefix of the pair has no start of its own"),
         "orthogonal": "the product of a prefix would not be zero at the start",
     }
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +73,8 @@ class DyLoRA(LoRA):
     @override
     def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:
         adapters = [cast(DyLoRAAdapter, site.adapter(task)) for site in sites]
-        return [*super().schedules(sites, task, total_steps), RankSampling(adapters)]
+        sampling = LastRank if self.frozen else RankSampling
+        return [*super().schedules(sites, task, total_steps), sampling(adapters)]
 
     def scale(self, rank: int) -> float:
         """Return the factor on the product of the first ``rank`` columns and rows."""
@@ -180,6 +186,45 @@ class RankSampling(Schedule):
         super().load_state_dict(state)
         self.seed = state["seed"]
         self._draw()
+
+
+class LastRank(RankSampling):
+    """Has each step change nothing but the last row and column of the prefix that it trains.
+
+    Their gradients are all that clipping sees. What an optimizer does besides, by momentum or weight decay, is taken
+    back where it is not theirs, in its state too: each row has a history of its own steps. State that is not of the
+    parameter's shape (8-bit optimizers, Adafactor) stays as the optimizer leaves it, and so does what the first step
+    makes of the others.
+    """
+
+    def __init__(self, adapters: Sequence[DyLoRAAdapter]) -> None:
+        super().__init__(adapters)
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @override
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Drop the gradients of the other rows and columns, and note where these are."""
+        self._before = []
+        for adapter in self.adapters:
+            last = min(self.rank(self.step), adapter.method.r) - 1
+            for factor, dimension in ((adapter.lora_A, -2), (adapter.lora_B, -1)):
+                others = torch.arange(factor.shape[dimension], device=factor.device) != last
+                others = others.view(-1, 1) if dimension == -2 else others
+                if factor.grad is not None:
+                    factor.grad.masked_fill_(others, 0)
+                state = optimizer.state.get(factor, {}).values()
+                like = [one for one in state if isinstance(one, Tensor) and one.shape == factor.shape]
+                self._before += [(one, one.detach().clone(), others) for one in (factor, *like)]
+
+    @override
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Take back what became of the others, and draw the rank of the next step."""
+        for tensor, before, others in self._before:
+            tensor.copy_(torch.where(others, before, tensor))
+        self._before = []
+        super().after_step(optimizer)
 
 
 def truncate_(model: nn.Module, rank: int) -> nn.Module:

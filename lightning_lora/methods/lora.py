@@ -32,12 +32,14 @@ from lightning_lora.initialisations import (
     check_init,
     check_rank,
     doubled,
+    family,
+    from_weight,
     halved,
     kaiming,
     looked_up,
 )
 from lightning_lora.layout import Layout
-from lightning_lora.method import Method
+from lightning_lora.method import Method, check_alpha, check_fraction, check_r, check_scaling
 from lightning_lora.preconditioners import Gradient, Preconditioner, check_gradient
 from lightning_lora.schedule import Schedule
 
@@ -70,8 +72,11 @@ class LoRA(Method):
             change's size as the rank grows (rsLoRA, Kalajdzievski, 2023, arXiv:2312.03732).
         init: How the factors start: see ``initialisations``. Those that the papers subtract from the base (``pissa``,
             ``milora``, ``olora``, ``lora_ga``) leave it as it is here: the adapter adds ``B A`` minus what that was at
-            the start. ``eva`` and ``lora_ga`` look at data: a Trainer's, or what ``start_from_data`` is given.
-        init_batches: How many batches of the training data they look at.
+            the start. ``pissa_niter_16`` is ``pissa`` by 16 rounds of a fast SVD, and so for any number. ``eva`` and
+            ``lora_ga`` look at data: a Trainer's, or what ``start_from_data`` is given.
+        init_batches: How many batches of the training data they look at, at most.
+        init_similarity: With ``eva``, no further batch is read once every direction that is taken has at least this
+            cosine similarity to itself one batch before (the paper's tau); at 1 all batches are read.
         rank_spread: With ``eva``, up to how many times its rank a matrix may get, at the cost of others (the paper's
             rho); at 1 no rank changes.
         gradient: How the gradients of A and B are changed before each step: see ``preconditioners``; ``fa`` goes with a
@@ -88,24 +93,19 @@ class LoRA(Method):
     alpha: float = 16.0
     dropout: float = 0.0
     scaling: Literal["linear", "rsqrt"] = "linear"
-    init: Initialisation = "kaiming"
+    init: Initialisation | str = "kaiming"
     init_batches: int = 8
+    init_similarity: float = 0.99
     rank_spread: float = 1.0
     gradient: Gradient = "plain"
     freeze_A: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < self.lowest_rank:
-            raise ValueError(
-                f"r={self.r!r}: the rank must be a whole number of at least {self.lowest_rank}, for example r=8"
-            )
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha={self.alpha!r}: must be a finite number above 0, for example alpha=16")
-        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
-        if self.scaling not in ("linear", "rsqrt"):
-            raise ValueError(f"scaling={self.scaling!r}: must be 'linear' (alpha / r) or 'rsqrt' (alpha / sqrt(r))")
-        check_init(self.init, self.r, self.init_batches, self.rank_spread, self.refused_inits)
+        check_r(self.r, self.lowest_rank, example=8)
+        check_alpha(self.alpha)
+        check_fraction("dropout", self.dropout, example=0.05)
+        check_scaling(self.scaling)
+        check_init(self.init, self.r, self.init_batches, self.init_similarity, self.rank_spread, self.refused_inits)
         check_gradient(self.gradient, self.freeze_A)
 
     @property
@@ -151,7 +151,7 @@ class LoRA(Method):
                 f"dropout={self.dropout:g}: with dropout the adapter keeps its whole input for the backward pass, so a "
                 "frozen A saves no memory: use dropout=0"
             )
-        if lr_ratio != 1 and self.init in (*KEEPS_START, "orthogonal"):
+        if lr_ratio != 1 and (self.keeps_start or self.init == "orthogonal"):
             found.append(
                 f"lr_ratio={lr_ratio:g}: LoRA+ is derived for a B that starts at zero, and init={self.init!r} starts "
                 "it elsewhere: take the ratio as one more thing to tune, or use lr_ratio=1"
@@ -161,7 +161,7 @@ class LoRA(Method):
     def peft_config(self) -> dict[str, Any] | None:
         """Return PEFT's names for these fields; where the start is kept, for the LoRA of twice the rank that it is."""
         r, alpha, rsqrt = self.r, float(self.alpha), self.scaling == "rsqrt"
-        if self.init in KEEPS_START:
+        if self.keeps_start:
             r, alpha, rsqrt = 2 * r, 2 * r * self.factor, False
         return {
             "peft_type": "LORA",
@@ -173,11 +173,16 @@ class LoRA(Method):
 
     def to_peft(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``[A; A0]`` and ``[B, -B0]`` where the start is kept; their product is the change."""
-        return doubled(factors) if self.init in KEEPS_START else dict(factors)
+        return doubled(factors) if self.keeps_start else dict(factors)
 
     def of_peft(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what ``to_peft`` was given."""
-        return halved(factors, self.freeze_A) if self.init in KEEPS_START else dict(factors)
+        return halved(factors, self.freeze_A) if self.keeps_start else dict(factors)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the adapters keep copies of their start, because its product is not 0."""
+        return family(self.init) in KEEPS_START
 
     @property
     def factor(self) -> float:
@@ -246,7 +251,7 @@ class LoRAAdapter(Adapter):
         self.scaling = method.factor
         A = torch.empty(*stack, method.r, in_features, device=device, dtype=dtype)
         B = torch.empty(*stack, out_features, method.r, device=device, dtype=dtype)
-        kept = method.init in KEEPS_START
+        kept = method.keeps_start
         self.lora_A = nn.Parameter(A, requires_grad=not method.freeze_A)
         self.lora_B = nn.Parameter(B)
         self.lora_A0 = nn.Parameter(torch.empty_like(A), requires_grad=False) if kept and not method.freeze_A else None
@@ -260,7 +265,7 @@ class LoRAAdapter(Adapter):
         starts at zero in both.
         """
         init = self.method.init
-        self.waits_for_weight = init in FROM_WEIGHT
+        self.waits_for_weight = family(init) in FROM_WEIGHT
         if self.lora_A.is_meta:
             return
         draw = looked_up if self.layout.looked_up and init != "orthogonal" else FROM_SHAPE.get(init, kaiming)
@@ -268,7 +273,7 @@ class LoRAAdapter(Adapter):
 
     def start_from(self, weight: Tensor) -> None:
         """Take the factors from the weight, where the initialisation says so."""
-        start = FROM_WEIGHT.get(self.method.init)
+        start = from_weight(self.method.init, self.seed)
         if start is not None:
             self.start_at(*start(weight, self.method.r, self.scaling))
 

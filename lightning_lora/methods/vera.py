@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter, Role, Shared
 from lightning_lora.layout import Layout
-from lightning_lora.method import Method
+from lightning_lora.method import Method, check_fraction, check_r
 from lightning_lora.methods.dora import WithMagnitude
 
 
@@ -70,8 +70,7 @@ class VeRA(Method):
     alpha: float = field(default=1.0, init=False, repr=False)  # a method has one; here nothing is scaled by it
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1, for example r=256")
+        check_r(self.r, 1, example=256)
         if not (isinstance(self.d_init, int | float) and math.isfinite(self.d_init) and self.d_init != 0):
             raise ValueError(
                 f"d_init={self.d_init!r}: must be a finite number other than 0, at which b would get no gradient, for "
@@ -82,8 +81,7 @@ class VeRA(Method):
             raise ValueError(f"projection_seed={seed!r}: must be a whole number of at least 0, such as 0")
         if not isinstance(self.save_projection, bool):
             raise ValueError(f"save_projection={self.save_projection!r}: must be True or False")
-        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1, for example dropout=0.05")
+        check_fraction("dropout", self.dropout, example=0.05)
         if not isinstance(self.magnitude, bool):
             raise ValueError(f"magnitude={self.magnitude!r}: must be True (DVoRA) or False (VeRA)")
 
