@@ -28,6 +28,7 @@ from lightning_lora.callbacks.conflicts import check_conflicts
 from lightning_lora.callbacks.data_starts import start_when_restored
 from lightning_lora.callbacks.dropping import check_droppable, drop_if_due
 from lightning_lora.callbacks.guards import (
+    check_base_untied,
     check_connected,
     check_present,
     check_strategy,
@@ -185,6 +186,7 @@ class LoRACallback(Callback):
                 )
         if stage == "fit":
             check_norms(trainer, pl_module)
+            check_base_untied(pl_module, self._found, self.method)
             check_droppable(trainer, pl_module, self.method)
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
 
