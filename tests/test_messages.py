@@ -48,6 +48,7 @@ from triggers import (
     gradient_in_parts,
     groups,
     in_int4,
+    in_place,
     merge_square,
     merge_tied,
     net,
@@ -152,6 +153,14 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "start_step=-2: must be a whole number of at least -1, which changes the base from the first step on; "
         "start_step=500 leaves 501 steps plain": lambda: DeltaLoRA(start_step=-2),
+        "in_place=True: first.weight is a Parameter of torch.bfloat16, to which the change cannot be added without "
+        "loss: use in_place=False, which computes the same and leaves the base alone": (
+            lambda: in_place(net().bfloat16())
+        ),
+        "in_place=True: first.weight is no parameter, to which the change cannot be added without loss: use "
+        "in_place=False, which computes the same and leaves the base alone": (
+            lambda: in_place(net(first=nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))))
+        ),
     },
     ("methods/hira", ValueError): {
         "gradient='lora_pro' is derived for a change that is scale * B @ A, and HiRA's is W times that: use "
@@ -317,6 +326,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("sites", RuntimeError): {
         "training while the adapters are merged would not reach them: leave `merged(model)` first, or call "
         "model.eval() if this is inference": lambda: while_merged(lambda model: model(torch.ones(1, 4))),
+        "cannot use the bare base now: training writes what default adds to the base to first.weight itself: wait for "
+        "the end of the run, or train with in_place=False": lambda: use(in_place(net())),
     },
     ("evaluation", ValueError): {
         "loss=None means the training_step of a LightningModule, and Net has none: pass loss=lambda batch: ..., a "
@@ -956,6 +967,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("callbacks/guards", ValueError): {
+        "in_place=True: net.second.weight is tied to net.tied.weight, which would change with it: adapt both, or use "
+        "in_place=False": lambda: fit(Tied(), method=DeltaLoRA(in_place=True), target_modules=["first", "second"]),
         "AdamW with fused=True under precision='16-mixed' sees scaled gradients, and AdaLoRA has to look at true ones: "
         "leave out fused=True, or use precision='bf16-mixed'": lambda: check_scaled(
             SimpleNamespace(precision="16-mixed", precision_plugin=SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))),

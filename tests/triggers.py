@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from lightning_lora import (
+    DeltaLoRA,
     LoRA,
     LoRACallback,
     Method,
@@ -55,6 +56,16 @@ def net(**layers: nn.Module) -> Any:
 def adapted(model: nn.Module | None = None, method: Method | None = None, **options: Any) -> Any:
     model = net() if model is None else model
     inject(model, method or LoRA(r=2, alpha=4), **options)
+    return model
+
+
+def in_place(model: nn.Module) -> Any:
+    """A model to whose base a run has written."""
+    method = DeltaLoRA(start_step=-1, in_place=True)
+    (schedule,) = method.schedules(sites(adapted(model, method)), "default")
+    optimizer = over_trainable(model)
+    schedule.before_step(optimizer)
+    schedule.after_step(optimizer)
     return model
 
 
