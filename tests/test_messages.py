@@ -307,10 +307,6 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "task='default': its method is LoRA, which does not say what the others get: "
         "inject(model, LoRADrop(rest='shared')) first": lambda: share(adapted(), ["first.weight"]),
     },
-    ("callbacks/dropping", ValueError): {
-        "AdapterEMA averages the adapters that the run starts with, and LoRADrop takes some of them away: average in a "
-        "second run, from the checkpoint of this one": lambda: fit(None, AdapterEMA(0.9), method=LoRADrop(r=2)),
-    },
     ("report", ImportError): {
         "plot_importances draws with matplotlib: pip install 'lightning-lora[plots]'": (
             plot_importances_without_matplotlib
@@ -912,6 +908,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "AdapterEMA would average what ReLoRA replaces along the run with what it was before, which means nothing: "
         "leave it out": lambda: trainer(LoRACallback(ReLoRA()), AdapterEMA()).fit(Lit(), loader(1)),
+        "AdapterEMA would average what LoRADrop replaces along the run with what it was before, which means nothing: "
+        "leave it out": lambda: fit(None, AdapterEMA(0.9), method=LoRADrop(r=2)),
         "EMAWeightAveraging copies the module before the adapters are in it: put LoRACallback before it in "
         "Trainer(callbacks=[...]); or use AdapterEMA, which averages only what is trained and may stand anywhere "
         "in the list": lambda: trainer(EMAWeightAveraging(), LoRACallback()).fit(Lit(), loader(1)),
