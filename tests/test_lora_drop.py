@@ -529,7 +529,7 @@ RESUMES = {"in the sample": (5, 4), "right after the selection": (4, 4), "in the
 @pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
 @pytest.mark.parametrize("when", RESUMES)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    when: str, rest: Any, tmp_path: Path, trainer: Callable[..., L.Trainer]
+    when: str, rest: Any, tmp_path: Path, trainer: Callable[..., L.Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     sample, stop = RESUMES[when]
     method = LoRADrop(r=2, alpha=4, sample_steps=sample, top_n=2, rest=rest)
@@ -540,7 +540,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
     path = tmp_path / f"step={stop}.ckpt"
     torch.manual_seed(1)  # another process may be anywhere in its random numbers
-    resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver], **options)
+    with caplog.at_level("INFO"):
+        resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver], **options)
+    assert "an earlier run" not in caplog.text
     assert sample_of(again).importances == sample_of(run).importances
     assert same(values(resumed), values(whole))
     assert shares(resumed, "default") == shares(whole, "default")
