@@ -44,6 +44,7 @@ from triggers import (
     clip_weights,
     damaged,
     fit,
+    fit_again_after_dropping,
     full_checkpoint,
     gradient_in_parts,
     groups,
@@ -58,6 +59,7 @@ from triggers import (
     packed_convolution,
     plot_importances_without_matplotlib,
     plot_ranks_without_matplotlib,
+    raised_note,
     removed,
     repeated,
     resume,
@@ -306,6 +308,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "task='default': its method is LoRA, which does not say what the others get: "
         "inject(model, LoRADrop(rest='shared')) first": lambda: share(adapted(), ["first.weight"]),
+    },
+    ("callbacks/dropping", UserWarning): {
+        "LoRA-drop selected in an earlier run: its selection stays and no sample is taken. For a new one call "
+        "remove(module) before the fit": lambda: raised_note("callbacks.dropping", fit_again_after_dropping),
     },
     ("report", ImportError): {
         "plot_importances draws with matplotlib: pip install 'lightning-lora[plots]'": (

@@ -24,6 +24,7 @@ from lightning_lora import (
     DeltaLoRA,
     LoRA,
     LoRACallback,
+    LoRADrop,
     Method,
     RankCurve,
     inject,
@@ -40,6 +41,7 @@ from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
 from lightning_lora.report import plot_importances, plot_ranks
+from lightning_lora.sharing import share
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FIRST = "base_model.model.first."  # PEFT's name of the first layer of Net
@@ -129,6 +131,24 @@ def fit(module: Any = None, *callbacks: L.Callback, method: Any = None, **option
     run = trainer(LoRACallback(method or LoRA(r=2), **options), *callbacks)
     run.fit(module or Lit(), loader(1))
     return run
+
+
+def fit_again_after_dropping() -> None:
+    """Fit a module from which LoRA-drop has dropped adapters."""
+    module, method = Lit(), LoRADrop(r=2)
+    inject(module, method)
+    share(module, [])
+    fit(module, method=method)
+
+
+def raised_note(room: str, run: Callable[[], object]) -> None:
+    """Raise what a room would only log."""
+
+    def note(text: str) -> None:
+        raise UserWarning(text)
+
+    with mock.patch(f"lightning_lora.{room}.rank_zero_info", note):
+        run()
 
 
 def checkpoint(module: Any = None, **options: Any) -> str:
