@@ -40,7 +40,7 @@ def describe(
     """
     methods = {site.name: site.adapter(task).method for site in found}
     first = next(iter(methods.values()))
-    tied, shared, firsts = tied_names(model), _sharing(model, found), shares(model, task)
+    tied, shared, firsts = tied_names(model), tied_to(model, found), shares(model, task)
     described = {
         relative(site.name, root): {
             "r": methods[site.name].r,
@@ -71,8 +71,13 @@ def describe(
     }
 
 
-def _sharing(model: nn.Module, found: list[Site]) -> dict[str, list[str]]:
-    """Return, by site name, the names under which layers without the site's adapters have its parameter."""
+def tied_to(model: nn.Module, found: list[Site]) -> dict[str, list[str]]:
+    """Return, by site name, the names under which layers without the site's adapters have its parameter.
+
+    Args:
+        model: The adapted model.
+        found: The sites.
+    """
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -247,7 +252,14 @@ def _noted(site: Site) -> BaseWeight | None:
 
 def _base_weight(site: Site) -> BaseWeight:
     size = (kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)
-    return BaseWeight(digest(identifying_values(site.module, site.parameter)), tuple(size))
+    return BaseWeight(digest(_base_values(site)), tuple(size))
+
+
+def _base_values(site: Site) -> Tensor | None:
+    values = identifying_values(site.module, site.parameter)
+    for slot in slots_at(site.module, site.parameter):
+        values = values if values is None else slot.unwritten(values)
+    return values
 
 
 @torch.no_grad()

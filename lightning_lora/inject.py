@@ -21,7 +21,7 @@ from lightning_lora.method import Method
 from lightning_lora.quantized import allow_inference_kernels, dense_weight, format_of, keep_differentiable
 from lightning_lora.sharding import is_sharded, split_by_columns
 from lightning_lora.shared_tensors import join_shared
-from lightning_lora.sites import Site, Slot, clean, sites, slots_of
+from lightning_lora.sites import Site, Slot, check_not_written, clean, sites, slots_of
 from lightning_lora.state import mark_trained_in_full, marked, unmark
 from lightning_lora.targets import Parts, choose_values, find_modules_to_save, find_targets
 
@@ -120,7 +120,9 @@ def insert(
 
     Raises:
         ValueError: If a matrix cannot be adapted, or the task has adapters of another method.
+        RuntimeError: If the training of another task writes to the base meanwhile.
     """
+    check_not_written(model, [task])
     _check_shapes(model)
     new = [(one, method) for one, method in targets if not _has_already(one, method, task)]
     for one, _ in new:
@@ -164,6 +166,8 @@ def remove(model: nn.Module, task: str | None = None, only: Collection[str] | No
         raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")
     for site in found if only is None else [site for site in found if site.name in only]:
         slot = site.slot
+        if site.weight is not None and (task is None or slot.written_by == task):
+            slot.restore(site.weight)
         for name in [task] if task is not None else list(slot):
             del slot[name]
         slot.active = tuple(name for name in slot.active if name in slot)

@@ -86,6 +86,8 @@ def merge_(model: nn.Module) -> nn.Module:
             else:
                 _put(one, _packed(one, weight, losses))
         undo.pop_all()
+    for slot in (slot for one in adapted for slot in one.slots):
+        slot.written_by = slot.before = None  # the merged values stay
     remove(model)
     _warn_of(losses)
     return model

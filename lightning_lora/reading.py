@@ -186,6 +186,8 @@ def read_adapter(folder: Path) -> AdapterFile:
     stored, full = _places(described)
     first = next(iter(stored.values()))
     tensors |= {first.key(name): tensor for name, tensor in redrawn(described, folder).items()}
+    shared = shares_of(described)
+    stored |= {name: stored[one] for name, one in shared.items() if stored[name].key("lora_B") not in tensors}
     return AdapterFile(
         path=folder,
         root=described["root"],
@@ -194,7 +196,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         sizes=sizes_of(described),
         tied=tied_of(described),
         tied_to=tied_of(described, adapted=False),
-        shares=shares_of(described),
+        shares=shared,
         bases={name: values.get("base") for name, values in described["sites"].items()},
         forms=_forms(described),
         stored=stored,

@@ -108,6 +108,8 @@ def _network_files(
         described["sites"][name]["level"] = level
     tensors: dict[str, Tensor] = {}
     for name, site in found.items():
+        if expressed.reason is not None and described["sites"][name].get("shares", name) != name:
+            continue  # it is read where it is shared from; only PEFT needs copies
         module, _, key = site.name.rpartition(".")
         size = tuple(described["sites"][name]["size"])
         stored, adapter = expressed.stored[name], site.adapter(task)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.layout import Layout
@@ -40,6 +40,8 @@ class Slot(nn.ModuleDict):
         merged: Whether the parameter holds its merged value, so that nothing is to be added.
         shadowed: Whether a reader has put the adapted weight in place for the length of its forward.
         base_weight: What is known of the parameter, where it was noted because it cannot be looked at any time.
+        written_by: The task whose training writes to the parameter meanwhile; None where it holds the base's values.
+        before: The matrix that was there before that.
     """
 
     def __init__(self, parameter: str, layout: Layout) -> None:
@@ -50,6 +52,32 @@ class Slot(nn.ModuleDict):
         self.merged = False
         self.shadowed = False
         self.base_weight: BaseWeight | None = None
+        self.written_by: str | None = None
+        self.before: Tensor | None = None
+
+    @torch.no_grad()
+    def write(self, weight: Tensor, change: Tensor, task: str) -> None:
+        """Write the base's matrix plus a change to the parameter, in place, and keep the base's beside it.
+
+        Args:
+            weight: The parameter.
+            change: What is added to the base's matrix; changes written before are not.
+            task: Whose training does this.
+        """
+        if self.before is None:
+            self.written_by, self.before = task, self.layout.matrix(weight).detach().clone()
+        weight.copy_(self.layout.put(weight, self.before.to(weight.device) + change))
+
+    def unwritten(self, weight: Tensor) -> Tensor:
+        """Return the parameter with the base's values where a task has written others."""
+        return weight if self.before is None else self.layout.put(weight, self.before.to(weight.device))
+
+    @torch.no_grad()
+    def restore(self, weight: Tensor) -> None:
+        """Give the parameter the base's values back, bit for bit."""
+        if self.before is not None:
+            weight.copy_(self.unwritten(weight))
+            self.written_by = self.before = None
 
     def in_use(self) -> list[Adapter]:
         """Return the adapters whose change is still to be added.
@@ -183,6 +211,21 @@ def hidden(model: nn.Module) -> Iterator[None]:
     finally:
         for module, adapters in owners:
             module._modules["adapters"] = adapters
+
+
+def check_not_written(model: nn.Module, tasks: Collection[str]) -> None:
+    """Raise ``RuntimeError`` if the base holds what a task wrote to it, and that task is not to be in use.
+
+    Args:
+        model: The adapted model.
+        tasks: Those that are to be in use.
+    """
+    for site in sites(model):
+        if site.slot.written_by not in (None, *tasks):
+            raise RuntimeError(
+                f"cannot use {' and '.join(tasks) or 'the bare base'} now: training writes what {site.slot.written_by} "
+                f"adds to the base to {site.name} itself: wait for the end of the run, or train with in_place=False"
+            )
 
 
 def _sites(model: nn.Module, task: str | None) -> Iterator[Site]:

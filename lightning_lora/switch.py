@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.sites import sites
+from lightning_lora.sites import check_not_written, sites
 
 
 def use(model: nn.Module, *tasks: str) -> None:
@@ -19,12 +19,14 @@ def use(model: nn.Module, *tasks: str) -> None:
 
     Raises:
         ValueError: If the model has no adapter of a task.
+        RuntimeError: If the training of another task writes to the base meanwhile.
     """
     slots = [site.slot for site in sites(model)]
     known = sorted({task for slot in slots for task in slot})
     for task in tasks:
         if task not in known:
             raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")
+    check_not_written(model, tasks)
     for slot in slots:
         slot.active = tuple(dict.fromkeys(tasks))
 

@@ -183,6 +183,15 @@ def test_the_largest_are_kept_and_of_equal_ones_the_first() -> None:
     assert keep_most_important(torch.zeros(4), 1).tolist() == [True, False, False, False]
 
 
+@pytest.mark.parametrize("number", [1, 17, 500, 983])
+@pytest.mark.parametrize("values", [1, 2, 5])
+def test_of_many_equal_scores_the_first_are_kept(values: int, number: int) -> None:
+    scores = [(7 * i) % values for i in range(1000)]  # fast sorts move equal ones from some twenty on
+    first = sorted(range(1000), key=lambda i: (-scores[i], i))[:number]
+    kept = keep_most_important(torch.tensor(scores, dtype=torch.float32), number)
+    assert kept.nonzero().flatten().tolist() == sorted(first)
+
+
 def test_what_is_kept_is_a_function_of_scores_and_budget_alone() -> None:
     scores = torch.rand(200, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     before = scores.clone()

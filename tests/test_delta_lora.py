@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import peft
 import pytest
 import torch
 from by_hand import Build, adamw, batches, net, run, same, train, train_two_processes, trainable, trained, weights
 from conftest import Lit, Net, loader
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -27,11 +30,13 @@ from lightning_lora import (
     remove,
     save_adapter,
     sites,
+    use,
 )
 from lightning_lora.analysis import singular_values
 from lightning_lora.methods.delta_lora import DeltaLoRAAdapter
 
 METHOD = DeltaLoRA(r=2, alpha=3, start_step=2)
+IN_PLACE = DeltaLoRA(r=2, alpha=3, start_step=2, in_place=True)
 
 
 def adapter(model: nn.Module, index: int = 0) -> DeltaLoRAAdapter:
@@ -253,12 +258,15 @@ def test_a_folder_computes_the_same_and_goes_on(tmp_path: Path) -> None:
 # ---- runs
 
 
+@pytest.mark.parametrize("method", [METHOD, IN_PLACE], ids=["closed form", "in place"])
 @pytest.mark.parametrize("stop", [2, 3, 4, 7], ids=lambda stop: f"stopped after {stop} steps")
-def test_a_run_resumed_around_the_start_equals_the_uninterrupted_one(stop: int, trainer: Any, tmp_path: Path) -> None:
+def test_a_run_resumed_around_the_start_equals_the_uninterrupted_one(
+    stop: int, method: DeltaLoRA, trainer: Any, tmp_path: Path
+) -> None:
     whole, part, rest = Lit(), Lit(), Lit()
-    run(trainer, whole, 9, METHOD)
-    run(trainer, part, stop, METHOD).save_checkpoint(tmp_path / "a.ckpt")
-    run(trainer, rest, 9, METHOD, ckpt_path=tmp_path / "a.ckpt")
+    run(trainer, whole, 9, method)
+    run(trainer, part, stop, method).save_checkpoint(tmp_path / "a.ckpt")
+    run(trainer, rest, 9, method, ckpt_path=tmp_path / "a.ckpt")
     assert part.losses + rest.losses == whole.losses
     assert same(rest.state_dict(), whole.state_dict())
     assert adapter(whole).propagates
@@ -285,3 +293,253 @@ def test_accumulated_gradients_make_the_same_run(trainer: Any) -> None:
 
 def test_replicas_stay_equal(tmp_path: Path) -> None:
     train_two_processes(tmp_path, "DeltaLoRA(r=2, start_step=2)", "one.propagates")
+
+
+# ---- in place
+
+
+class Watch(L.Callback):
+    """Do something after every batch, with what the run holds then.
+
+    Args:
+        do: A function of the module.
+    """
+
+    def __init__(self, do: Callable[[Any], object]) -> None:
+        self.do = do
+        self.found: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.found.append(self.do(pl_module))
+
+
+def matrices(module: nn.Module) -> list[Tensor]:
+    return [site.module.weight.detach().clone() for site in sites(module)]
+
+
+def base_of_lit() -> list[Tensor]:
+    return [Lit().net.first.weight, Lit().net.second.weight]
+
+
+def fitted(trainer: Any, do: Callable[[Any], object], method: DeltaLoRA = IN_PLACE, steps: int = 8) -> list[Any]:
+    """Train, and return what a function gave after each step."""
+    watch = Watch(do)
+    trainer(callbacks=[LoRACallback(method), watch], max_epochs=steps).fit(Lit(), loader(1))
+    return watch.found
+
+
+@pytest.mark.parametrize("start_step", [-1, 2])
+def test_in_place_the_weight_itself_is_the_papers(start_step: int) -> None:
+    method = DeltaLoRA(r=2, alpha=3, start_step=start_step, update_ratio=0.7, in_place=True)
+    ours, loop = net(), literal(method)
+    train(ours, method, 20)
+    loop.train_for(20, adamw)
+    for i, (weight, before) in enumerate(zip(matrices(ours), (net().first.weight, net().second.weight), strict=True)):
+        assert (weight - loop.W[i]).abs().max() < 1e-14
+        assert (weight - before).abs().max() > 1e-3
+        assert (weights(ours)[i] - loop.W[i] - loop.s * loop.B[i] @ loop.A[i]).abs().max() < 1e-14
+        assert adapter(ours, i).factors()[0].shape[1] == 2, "only the pair is computed beside it"
+
+
+def test_the_weight_is_the_bases_until_start_step_and_after_the_run(trainer: Any) -> None:
+    module = Lit()
+    before, watch = base_of_lit(), Watch(matrices)
+    trainer(callbacks=[LoRACallback(IN_PLACE), watch], max_epochs=6).fit(module, loader(1))
+    for step, found in enumerate(watch.found):
+        assert all(map(torch.equal, found, before)) == (step <= IN_PLACE.start_step)
+    assert all(map(torch.equal, matrices(module), before))
+    assert not any(site.slot.written_by or adapter(module, i).in_base for i, site in enumerate(sites(module)))
+
+
+def test_a_run_that_fails_leaves_the_base_as_it_was(trainer: Any) -> None:
+    module = Lit()
+
+    def fail(module: Any) -> None:
+        if sites(module)[0].slot.written_by:
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        trainer(callbacks=[LoRACallback(IN_PLACE), Watch(fail)], max_epochs=6).fit(module, loader(1))
+    assert all(map(torch.equal, matrices(module), base_of_lit()))
+
+
+def test_in_place_and_closed_form_are_one_run_to_rounding_with_accumulation_and_a_resume(
+    trainer: Any, tmp_path: Path
+) -> None:
+    runs = []
+    for method in (METHOD, IN_PLACE):
+        part, rest = Lit(), Lit()
+        options = {"accumulate_grad_batches": 2, "precision": "64-true"}
+        first = trainer(callbacks=[LoRACallback(method, dtype="float64")], max_epochs=3, **options)
+        first.fit(part, loader(4, 4))
+        first.save_checkpoint(tmp_path / "a.ckpt")
+        second = trainer(callbacks=[LoRACallback(method, dtype="float64")], max_epochs=6, **options)
+        second.fit(rest, loader(4, 4), ckpt_path=tmp_path / "a.ckpt")
+        runs.append((part.losses + rest.losses, weights(rest)))
+    (losses, ends), (other_losses, other_ends) = runs
+    assert len(losses) == 24
+    assert max(abs(one - other) for one, other in zip(losses, other_losses, strict=True)) < 1e-14
+    assert max((one - other).abs().max() for one, other in zip(ends, other_ends, strict=True)) < 1e-14
+
+
+def test_what_is_saved_in_mid_run_is_what_the_closed_form_saves(trainer: Any, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def save(module: Any) -> None:
+        module.trainer.save_checkpoint(tmp_path / "a.ckpt")
+        save_adapter(module, tmp_path / "folder")
+        seen.append(module(torch.ones(1, 4)))
+
+    assert any(fitted(trainer, lambda module: save(module) or sites(module)[0].slot.written_by is not None))
+    restored, loaded = load_from_checkpoint(Lit, tmp_path / "a.ckpt"), Lit()
+    load_adapter(loaded, tmp_path / "folder")
+    for fresh in (restored, loaded):
+        assert torch.allclose(fresh(torch.ones(1, 4)), seen[-1], rtol=0, atol=1e-6)
+        assert all(map(torch.equal, matrices(fresh), base_of_lit()))
+    names = {name.rpartition(".")[2] for name in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]}
+    assert {name for name in names if " " not in name} == {"lora_A", "lora_B", "snapshot_A", "snapshot_B"}
+
+
+def in_mid_run() -> Net:
+    model = net()
+    train(model, IN_PLACE, 8)
+    assert sites(model)[0].slot.written_by == "default"
+    return model
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+def test_taken_out_in_mid_run_it_leaves_the_base_bit_for_bit(copied: bool) -> None:
+    model = copy.deepcopy(in_mid_run()) if copied else in_mid_run()
+    remove(model)
+    assert same(model.state_dict(), net().state_dict())
+
+
+def test_merged_in_mid_run_the_whole_change_stays() -> None:
+    model, x = in_mid_run().eval(), batches(1)[0][0]
+    expected = model(x)
+    with merged(model):
+        assert torch.allclose(model(x), expected, rtol=0, atol=1e-14)
+    merge_(model)
+    assert torch.allclose(model(x), expected, rtol=0, atol=1e-14)
+    assert type(model.first) is nn.Linear
+
+
+def test_while_the_base_is_written_to_nothing_else_can_use_it() -> None:
+    model = net()
+    inject(model, LoRA(r=1), task="other")
+    inject(model, IN_PLACE, seed=1, dtype=torch.float64)
+    (schedule,) = IN_PLACE.schedules(sites(model, "default"), "default")
+    before = matrices(model)
+    optimizer = adamw(trainable(model))
+    for x, y in batches(6):
+        use(model, "default")
+        (model(x) - y).square().mean().backward()
+        schedule.before_step(optimizer)
+        optimizer.step()
+        schedule.after_step(optimizer)
+    use(model, "default", "other")
+    for tasks in ([], ["other"]):
+        with pytest.raises(RuntimeError, match="training writes what default adds to the base to"):
+            use(model, *tasks)
+    with pytest.raises(RuntimeError, match="cannot use third now"):
+        inject(model, LoRA(r=1), task="third")
+    remove(model, "other")
+    assert not any(map(torch.equal, matrices(model), before)), "another task's end is not this one's"
+    expected = model(x)
+    schedule.end()
+    assert torch.allclose(model(x), expected, rtol=0, atol=1e-14)
+    assert all(map(torch.equal, matrices(model), before))
+    use(model)
+    assert torch.equal(model(x), net()(x))
+
+
+def test_parts_of_one_weight_are_written_each_in_its_rows() -> None:
+    model = nn.Sequential(nn.Linear(4, 6)).double()
+    closed = copy.deepcopy(model)
+    before = model[0].weight.detach().clone()
+    for one, method in ((model, IN_PLACE), (closed, METHOD)):
+        inject(one, method, ["0.q", "0.v"], fused={"0": ["q", "k", "v"]}, seed=1, dtype=torch.float64)
+        (schedule,) = method.schedules(sites(one), "default")
+        optimizer = adamw(trainable(one))
+        for x, _ in batches(6):
+            optimizer.zero_grad()
+            one(x).square().sum().backward()
+            schedule.before_step(optimizer)
+            optimizer.step()
+            schedule.after_step(optimizer)
+    x = batches(1)[0][0]
+    assert torch.allclose(model(x), closed(x), rtol=0, atol=1e-13)
+    now = model[0].weight
+    assert torch.equal(now[2:4], before[2:4])
+    assert not torch.isclose(now[:2], before[:2]).any()
+    assert not torch.isclose(now[4:], before[4:]).any()
+    remove(model)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_learning_rate_search_in_mid_run_leaves_no_trace_in_the_base(trainer: Any) -> None:
+    class Tuned(Lit):
+        lr = 0.01
+
+    class Searches(LearningRateFinder):
+        def on_fit_start(self, *_: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 5:
+                assert sites(pl_module)[0].slot.written_by == "default"
+                self.lr_find(trainer, pl_module)
+
+    plain, tuned = Tuned(), Tuned()
+    trainer(callbacks=[LoRACallback(IN_PLACE)], max_epochs=8).fit(plain, loader(1))
+    search = Searches(num_training_steps=3, update_attr=False)
+    trainer(callbacks=[LoRACallback(IN_PLACE), search], max_epochs=8).fit(tuned, loader(1))
+    assert len(tuned.losses) > 8
+    assert tuned.losses[-3:] == plain.losses[-3:]
+    assert same(tuned.state_dict(), plain.state_dict())
+
+
+def test_a_schedule_goes_back_to_a_state_from_before_the_first_write() -> None:
+    model = net()
+    inject(model, IN_PLACE, seed=1, dtype=torch.float64)
+    (schedule,) = IN_PLACE.schedules(sites(model), "default")
+    start = copy.deepcopy((model.state_dict(), schedule.state_dict()))
+    losses: list[list[float]] = []
+    for _ in range(2):
+        optimizer, found = adamw(trainable(model)), []
+        for x, y in batches(6):
+            optimizer.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            found.append(loss.item())
+            schedule.before_step(optimizer)
+            optimizer.step()
+            schedule.after_step(optimizer)
+        losses.append(found)
+        adapters = {name: value for name, value in start[0].items() if "adapters" in name}
+        model.load_state_dict(adapters, strict=False)
+        schedule.load_state_dict(start[1])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_half_precision_is_refused(dtype: torch.dtype) -> None:
+    model = net(dtype)
+    inject(model, IN_PLACE)
+    with pytest.raises(ValueError, match=rf"first.weight is a Parameter of {dtype}.*use in_place=False"):
+        IN_PLACE.schedules(sites(model), "default")
+
+
+def test_a_weight_that_another_layer_has_too_is_refused(trainer: Any) -> None:
+    module = Lit()
+    module.net.tied = nn.Linear(8, 3)
+    module.net.tied.weight = module.net.second.weight
+    with pytest.raises(ValueError, match=r"net\.second\.weight is tied to net\.tied\.weight"):
+        trainer(callbacks=[LoRACallback(IN_PLACE, ["first", "second"])]).fit(module, loader(1))
+
+
+@pytest.mark.parametrize("start_step", [-1, 2])
+def test_the_audit_lets_the_first_step_write_to_the_base(start_step: int, trainer: Any) -> None:
+    module, method = Lit(), DeltaLoRA(r=2, alpha=3, start_step=start_step, in_place=True)
+    run(trainer, module, 1, method)
+    assert adapter(module).propagates == (start_step == -1)

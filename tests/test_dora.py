@@ -525,6 +525,23 @@ def test_the_norm_is_not_rounded_under_autocast(detach_norm: bool) -> None:
         assert torch.equal(adapter.gain(weight), expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("of_factors", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_is_that_in_float64_whatever_is_in_half_precision(
+    of_weight: torch.dtype, of_factors: torch.dtype, autocast: bool
+) -> None:
+    weight = weight_of().to(of_weight)
+    adapter: Any = DoRA(r=2).build((6, 5), seed=1, device=torch.device("cpu"), dtype=of_factors)
+    nn.init.normal_(adapter.lora_B)
+    adapter.magnitude.data = adapter.magnitude.data.float()  # the norm comes in its dtype
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        norm = adapter.norm(weight)
+    up, down = (factor.detach().double() for factor in adapter.factors())
+    exact = (weight.double() + adapter.scaling * up @ down).norm(dim=1)
+    assert ((norm - exact).abs() / exact).max() < 1e-6
+
+
 def test_it_compiles_with_the_exact_gradient_too() -> None:
     kind = "linear"
     model = adapted(kind, DoRA(r=2, detach_norm=False))

@@ -37,6 +37,7 @@ from lightning_lora.importance import alike, importances, select
 from lightning_lora.offline import merge
 from lightning_lora.report import plot_importances
 from lightning_lora.sharing import share, shares
+from lightning_lora.state import mark_trained_in_full
 
 
 class Blocks(nn.Module):
@@ -410,6 +411,59 @@ def test_testing_after_the_fit_keeps_the_adapters_that_it_left(rest: Any, traine
     assert shares(module, "default") == sharing
 
 
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
+@pytest.mark.parametrize("again", ["the same module", "a copy", "loaded from its folder"])
+def test_a_second_fit_keeps_the_selection_and_says_so(
+    again: str, rest: Any, trainer: Callable[..., L.Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest)
+    module, run = fit(trainer, method)
+    assert "an earlier run" not in caplog.text
+    if again == "loaded from its folder":
+        save_adapter(module, tmp_path / "a")
+        module = Deep()
+        load_adapter(module, tmp_path / "a")
+    elif again == "a copy":
+        module.trainer = None
+        module = copy.deepcopy(module)
+    before, sharing = values(module), shares(module, "default")
+    watch = Watches()
+    with caplog.at_level("INFO"):
+        _, run = fit(trainer, method, module, callbacks=[watch])
+    assert caplog.text.count("LoRA-drop selected in an earlier run: its selection stays") == 1
+    assert watch.sizes == [(4 if rest != "shared" else 6) * 2 * (4 + 6)] * 16
+    assert shares(module, "default") == sharing
+    assert sample_of(run).importances == {}
+    assert all(state["step"] == 16 for state in run.optimizers[0].state.values()), "nothing started anew"
+    assert values(module).keys() == before.keys()
+    assert not same(values(module), before)
+
+
+@pytest.mark.parametrize("rest", ["shared", "none"])
+def test_a_second_fit_samples_where_the_first_one_dropped_nothing(rest: Any, trainer: Callable[..., L.Trainer]) -> None:
+    method = LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest)
+    module, run = fit(trainer, method, max_steps=2)
+    assert not sample_of(run).importances
+    _, run = fit(trainer, method, module)
+    assert sample_of(run).importances
+    assert len({id(site.adapter("default")) for site in sites(module)}) == (4 if rest == "none" else 6)
+
+
+@pytest.mark.parametrize("rest", ["shared", "none"])
+def test_a_second_fit_that_is_resumed_is_the_uninterrupted_one(
+    rest: Any, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    method = LoRADrop(r=2, alpha=4, sample_steps=3, top_n=2, rest=rest)
+    first, _ = fit(trainer, method)
+    first.trainer = None
+    whole, part = copy.deepcopy(first), copy.deepcopy(first)
+    fit(trainer, method, whole, max_epochs=2)
+    _, run = fit(trainer, method, part, max_epochs=1)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    rest_of_it, _ = fit(trainer, method, ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
+    assert same(values(rest_of_it), values(whole))
+
+
 def test_the_sample_is_a_share_of_the_steps_of_the_run(trainer: Callable[..., L.Trainer]) -> None:
     _, run = fit(trainer, LoRADrop(r=2, sample_ratio=0.25), accumulate_grad_batches=2)
     assert sample_of(run).steps == 2  # of 2 epochs of 4 steps
@@ -475,7 +529,7 @@ RESUMES = {"in the sample": (5, 4), "right after the selection": (4, 4), "in the
 @pytest.mark.parametrize("rest", ["shared", "shared_frozen", "none"])
 @pytest.mark.parametrize("when", RESUMES)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    when: str, rest: Any, tmp_path: Path, trainer: Callable[..., L.Trainer]
+    when: str, rest: Any, tmp_path: Path, trainer: Callable[..., L.Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     sample, stop = RESUMES[when]
     method = LoRADrop(r=2, alpha=4, sample_steps=sample, top_n=2, rest=rest)
@@ -486,7 +540,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
     path = tmp_path / f"step={stop}.ckpt"
     torch.manual_seed(1)  # another process may be anywhere in its random numbers
-    resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver], **options)
+    with caplog.at_level("INFO"):
+        resumed, again = fit(trainer, method, ckpt_path=path, callbacks=[saver], **options)
+    assert "an earlier run" not in caplog.text
     assert sample_of(again).importances == sample_of(run).importances
     assert same(values(resumed), values(whole))
     assert shares(resumed, "default") == shares(whole, "default")
@@ -537,6 +593,28 @@ def test_peft_loads_the_folder_with_a_copy_for_each_matrix_and_computes_the_same
     theirs = peft.PeftModel.from_pretrained(plain(), tmp_path / "a")
     x = torch.randn(5, 4)
     assert torch.allclose(theirs(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("rest", ["shared", "shared_frozen"])
+def test_a_folder_of_our_own_form_holds_what_is_shared_once(rest: Any, tmp_path: Path) -> None:
+    model, other = dropped(rest), plain()
+    for network in (model, other):
+        network.register_parameter("extra", nn.Parameter(torch.ones(2)))
+    mark_trained_in_full(model, ["extra"])  # which PEFT cannot hold
+    save_adapter(model, tmp_path / "a")
+    tensors, described = read_tensors(tmp_path / "a" / "adapter_model.safetensors")
+    assert described is not None
+    assert "not_for_peft" in described
+    assert sum("lora_" in name for name in tensors) == 2 * len({id(site.adapter("default")) for site in sites(model)})
+    load_adapter(other, tmp_path / "a")
+    assert shares(other, "default") == shares(model, "default")
+    assert same(values(other), values(model))
+    torch.save(plain().state_dict() | {"extra": torch.zeros(2)}, tmp_path / "base.pt")
+    merge(tmp_path / "a", tmp_path / "base.pt", tmp_path / "merged.pt")
+    x, merged_state = torch.randn(5, 4), torch.load(tmp_path / "merged.pt")
+    other = plain()
+    other.load_state_dict({name: value for name, value in merged_state.items() if name != "extra"})
+    assert torch.allclose(other(x), model(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("rest", ["shared", "none"])

@@ -45,10 +45,12 @@ from triggers import (
     clip_weights,
     damaged,
     fit,
+    fit_again_after_dropping,
     full_checkpoint,
     gradient_in_parts,
     groups,
     in_int4,
+    in_place,
     merge_square,
     merge_tied,
     net,
@@ -56,6 +58,7 @@ from triggers import (
     over_trainable,
     packed,
     packed_convolution,
+    raised_note,
     removed,
     repeated,
     resume,
@@ -147,6 +150,14 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "start_step=-2: must be a whole number of at least -1, which changes the base from the first step on; "
         "start_step=500 leaves 501 steps plain": lambda: DeltaLoRA(start_step=-2),
+        "in_place=True: first.weight is a Parameter of torch.bfloat16, to which the change cannot be added without "
+        "loss: use in_place=False, which computes the same and leaves the base alone": (
+            lambda: in_place(net().bfloat16())
+        ),
+        "in_place=True: first.weight is no parameter, to which the change cannot be added without loss: use "
+        "in_place=False, which computes the same and leaves the base alone": (
+            lambda: in_place(net(first=nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))))
+        ),
     },
     ("methods/hira", ValueError): {
         "gradient='lora_pro' is derived for a change that is scale * B @ A, and HiRA's is W times that: use "
@@ -301,9 +312,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "task='default': its method is LoRA, which does not say what the others get: "
         "inject(model, LoRADrop(rest='shared')) first": lambda: share(adapted(), ["first.weight"]),
     },
-    ("callbacks/dropping", ValueError): {
-        "AdapterEMA averages the adapters that the run starts with, and LoRADrop takes some of them away: average in a "
-        "second run, from the checkpoint of this one": lambda: fit(None, AdapterEMA(0.9), method=LoRADrop(r=2)),
+    ("callbacks/dropping", UserWarning): {
+        "LoRA-drop selected in an earlier run: its selection stays and no sample is taken. For a new one call "
+        "remove(module) before the fit": lambda: raised_note("callbacks.dropping", fit_again_after_dropping),
     },
     ("plots", ImportError): {
         "plot_importances draws with matplotlib: pip install 'lightning-lora[plots]'": (
@@ -325,6 +336,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("sites", RuntimeError): {
         "training while the adapters are merged would not reach them: leave `merged(model)` first, or call "
         "model.eval() if this is inference": lambda: while_merged(lambda model: model(torch.ones(1, 4))),
+        "cannot use the bare base now: training writes what default adds to the base to first.weight itself: wait for "
+        "the end of the run, or train with in_place=False": lambda: use(in_place(net())),
     },
     ("evaluation", ValueError): {
         "loss=None means the training_step of a LightningModule, and Net has none: pass loss=lambda batch: ..., a "
@@ -906,6 +919,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "AdapterEMA would average what ReLoRA replaces along the run with what it was before, which means nothing: "
         "leave it out": lambda: trainer(LoRACallback(ReLoRA()), AdapterEMA()).fit(Lit(), loader(1)),
+        "AdapterEMA would average what LoRADrop replaces along the run with what it was before, which means nothing: "
+        "leave it out": lambda: fit(None, AdapterEMA(0.9), method=LoRADrop(r=2)),
         "EMAWeightAveraging copies the module before the adapters are in it: put LoRACallback before it in "
         "Trainer(callbacks=[...]); or use AdapterEMA, which averages only what is trained and may stand anywhere "
         "in the list": lambda: trainer(EMAWeightAveraging(), LoRACallback()).fit(Lit(), loader(1)),
@@ -961,6 +976,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("callbacks/guards", ValueError): {
+        "in_place=True: net.second.weight is tied to net.tied.weight, which would change with it: adapt both, or use "
+        "in_place=False": lambda: fit(Tied(), method=DeltaLoRA(in_place=True), target_modules=["first", "second"]),
         "AdamW with fused=True under precision='16-mixed' sees scaled gradients, and AdaLoRA has to look at true ones: "
         "leave out fused=True, or use precision='bf16-mixed'": lambda: check_scaled(
             SimpleNamespace(precision="16-mixed", precision_plugin=SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))),

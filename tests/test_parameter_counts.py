@@ -201,6 +201,11 @@ TABLES: dict[str, list[Row]] = {
         Row("LLaMA-13B", ALL_LINEAR, VeRA(r=1024), 2_416_640, ("2.4M (VeRA)",), held=30_728_192),
         Row("Llama-3.2-3B", "q v", VeRA(r=256), 129_024, ("129,024 (PEFT's benchmark)",), held=1_701_888),
     ],
+    "DVoRA": [
+        Row("RoBERTa-base", "q v", VeRA(magnitude=True, r=1024), 61_440, held=1_634_304),
+        Row("LLaMA-7B", ALL_LINEAR, VeRA(magnitude=True, r=1024), 2_949_120, ("0.04 % (DoRA)",), held=25_493_504),
+        Row("LLaMA-13B", ALL_LINEAR, VeRA(magnitude=True, r=1024), 4_546_560, held=32_858_112),
+    ],
     "AdaLoRA": [
         Row(
             "DeBERTa-v3-base",

@@ -21,8 +21,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from lightning_lora import (
+    DeltaLoRA,
     LoRA,
     LoRACallback,
+    LoRADrop,
     Method,
     inject,
     merged,
@@ -37,6 +39,7 @@ from lightning_lora.derived_groups import split
 from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
+from lightning_lora.sharing import share
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FIRST = "base_model.model.first."  # PEFT's name of the first layer of Net
@@ -53,6 +56,16 @@ def net(**layers: nn.Module) -> Any:
 def adapted(model: nn.Module | None = None, method: Method | None = None, **options: Any) -> Any:
     model = net() if model is None else model
     inject(model, method or LoRA(r=2, alpha=4), **options)
+    return model
+
+
+def in_place(model: nn.Module) -> Any:
+    """A model to whose base a run has written."""
+    method = DeltaLoRA(start_step=-1, in_place=True)
+    (schedule,) = method.schedules(sites(adapted(model, method)), "default")
+    optimizer = over_trainable(model)
+    schedule.before_step(optimizer)
+    schedule.after_step(optimizer)
     return model
 
 
@@ -116,6 +129,24 @@ def fit(module: Any = None, *callbacks: L.Callback, method: Any = None, **option
     run = trainer(LoRACallback(method or LoRA(r=2), **options), *callbacks)
     run.fit(module or Lit(), loader(1))
     return run
+
+
+def fit_again_after_dropping() -> None:
+    """Fit a module from which LoRA-drop has dropped adapters."""
+    module, method = Lit(), LoRADrop(r=2)
+    inject(module, method)
+    share(module, [])
+    fit(module, method=method)
+
+
+def raised_note(room: str, run: Callable[[], object]) -> None:
+    """Raise what a room would only log."""
+
+    def note(text: str) -> None:
+        raise UserWarning(text)
+
+    with mock.patch(f"lightning_lora.{room}.rank_zero_info", note):
+        run()
 
 
 def checkpoint(module: Any = None, **options: Any) -> str:

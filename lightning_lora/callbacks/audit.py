@@ -93,7 +93,7 @@ class Audit:
         )
 
     def _check_weights(self) -> None:
-        now = {site.name: _sample(site.weight) for site in sites(self.model)}
+        now = {site.name: _sample(site.weight) for site in sites(self.model) if site.slot.written_by is None}
         written = [
             name
             for name, before in self._weights.items()

@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_lora.callbacks.averaging import averaging_callbacks
 from lightning_lora.callbacks.silent_batches import check_looks, silent_losses
 from lightning_lora.checkpoints import TASK
 from lightning_lora.importance import Importance, alike, check_measurable, select
@@ -22,28 +21,42 @@ from lightning_lora.sharing import share, shares
 from lightning_lora.sites import sites
 
 
-def check_droppable(trainer: Trainer, pl_module: LightningModule, method: Method) -> None:
+def check_droppable(pl_module: LightningModule, method: Method) -> None:
     """Check, before a run, what would stop it at the end of the sample.
 
     Args:
-        trainer: The Trainer.
         pl_module: The adapted module.
         method: Its method; others than LoRA-drop pass.
 
     Raises:
-        ValueError: If importances cannot be measured, or another callback keeps a copy of all adapters.
+        ValueError: If importances cannot be measured.
     """
-    if not isinstance(method, LoRADrop):
-        return
-    check_looks(pl_module)
-    check_measurable(pl_module, TASK)
-    averages = averaging_callbacks(trainer)
-    averages += [one for one in trainer.callbacks if type(one).__name__ == "AdapterEMA"]  # type: ignore[attr-defined]
-    if averages:
-        raise ValueError(
-            f"{type(averages[0]).__name__} averages the adapters that the run starts with, and LoRADrop takes some of "
-            "them away: average in a second run, from the checkpoint of this one"
-        )
+    if isinstance(method, LoRADrop):
+        check_looks(pl_module)
+        check_measurable(pl_module, TASK)
+
+
+def keep_selection(
+    pl_module: LightningModule, schedules: Sequence[Schedule], targets: Callable[[], Sequence[object]]
+) -> None:
+    """Sample no second time where an earlier run dropped adapters: what it selected stays, and trains on.
+
+    Args:
+        pl_module: The adapted module, as this run finds it or as a checkpoint left it.
+        schedules: Those of the run.
+        targets: Returns the matrices that a first run adapts.
+    """
+    for sample in schedules:
+        if not isinstance(sample, Sample):
+            continue
+        found = sites(pl_module, TASK)
+        here = len(targets()) if sample.method.rest == "none" else len(found)
+        sample.was_before = here > len(found) or bool(shares(pl_module, TASK))
+        if sample.was_before and not sample.importances:
+            rank_zero_info(
+                "LoRA-drop selected in an earlier run: its selection stays and no sample is taken. For a new one call "
+                "remove(module) before the fit"
+            )
 
 
 def drop_if_due(

@@ -10,10 +10,13 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.description import tied_to
 from lightning_lora.gradient_stops import gradient_stops
 from lightning_lora.layers.attention import AdaptedMultiheadAttention
 from lightning_lora.layers.embedding import AdaptedEmbedding
 from lightning_lora.layers.seam import Reader
+from lightning_lora.method import Method
+from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.sites import Site, clean, join, sites
 from lightning_lora.state import marked
 from lightning_lora.strategies.replication import ReplicatesAdapters
@@ -187,6 +190,24 @@ def tied_to_frozen(model: nn.Module) -> str | None:
     if not tied:
         return None
     return f"trained in full by modules_to_save or bias: {some(tied)} (tied weights), so both layers change"
+
+
+def check_base_untied(model: nn.Module, found: list[Site], method: Method) -> None:
+    """Raise ``ValueError`` if a method writes to weights that layers without its adapters have too.
+
+    Args:
+        model: The adapted model.
+        found: Its sites.
+        method: What the run trains; others than Delta-LoRA in place pass.
+    """
+    if not (isinstance(method, DeltaLoRA) and method.in_place):
+        return
+    for name, others in tied_to(model, found).items():
+        if others:
+            raise ValueError(
+                f"in_place=True: {name} is tied to {some(others)}, which would change with it: adapt both, or use "
+                "in_place=False"
+            )
 
 
 def without_dropout(model: nn.Module, found: list[Site]) -> list[str]:

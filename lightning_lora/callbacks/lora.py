@@ -26,8 +26,9 @@ from lightning_lora.callbacks.averaging import (
 )
 from lightning_lora.callbacks.conflicts import check_conflicts
 from lightning_lora.callbacks.data_starts import start_when_restored
-from lightning_lora.callbacks.dropping import check_droppable, drop_if_due
+from lightning_lora.callbacks.dropping import check_droppable, drop_if_due, keep_selection
 from lightning_lora.callbacks.guards import (
+    check_base_untied,
     check_connected,
     check_present,
     check_strategy,
@@ -50,6 +51,7 @@ from lightning_lora.report import table, totals
 from lightning_lora.sites import Site, sites
 from lightning_lora.strategies.fsdp import is_wrapped
 from lightning_lora.strategies.replication import ReplicatesAdapters
+from lightning_lora.targets import find_targets
 
 _ABSENT = object()
 
@@ -185,7 +187,8 @@ class LoRACallback(Callback):
                 )
         if stage == "fit":
             check_norms(trainer, pl_module)
-            check_droppable(trainer, pl_module, self.method)
+            check_base_untied(pl_module, self._found, self.method)
+            check_droppable(pl_module, self.method)
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
 
     def _injected(self, trainer: Trainer, pl_module: LightningModule) -> list[Site]:
@@ -212,6 +215,8 @@ class LoRACallback(Callback):
         for scheduler in schedulers:
             link(scheduler, optimizers)
         self._schedules.start(trainer, pl_module, self.method, optimizers)
+        given = (self.target_modules, self.exclude_modules, self.modules_to_save, self.fused)
+        keep_selection(pl_module, self._schedules, partial(find_targets, pl_module, *given))
         return returned
 
     def _split(self, pl_module: LightningModule, optimizer: Optimizer) -> None:

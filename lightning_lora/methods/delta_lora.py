@@ -13,6 +13,8 @@ of these differences telescopes, so after any number of steps ``W = W0 + ratio *
        + <--- * s = alpha / r        lora_A and lora_B get the gradients that they have in LoRA
        |
        y (..., out)
+
+With ``in_place=True`` the same sum is written to W while a run lasts, and only the pair is computed beside it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 class DeltaLoRA(LoRA):
     """LoRA whose product's changes are added to the base as well, in closed form: the base stays as it is.
 
+    Written to the base, in place, they give the same numbers up to rounding. That takes a base in fp32 or fp64, and a
+    copy of its adapted weights, from which they come back bit for bit when the run ends or the adapters are removed.
+
     Args:
         r: As for ``LoRA``.
         alpha: As for ``LoRA``.
@@ -47,18 +52,19 @@ class DeltaLoRA(LoRA):
         update_ratio: The paper's lambda: how much of each change is added to the base; 0 is LoRA.
         start_step: The paper's K: the base changes in the steps t > K, where the run's first step is t = 0. So K + 1
             steps are plain LoRA; -1 starts with the first step.
+        in_place: Write the base's share of the change to its weights after every step of a run, as the paper does.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    averageable: ClassVar[Literal["all", "trained", "nothing"]] = "trained"  # the copy comes all at once
     refused: ClassVar[Mapping[str, str]] = {
         "magnitude": "Delta-LoRA adds the low-rank increment to W, DoRA renormalises W: the increment is not defined",
         "threshold": "one shared increment would be added to several W",
     }
     update_ratio: float = 2.0
     start_step: int = 500
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +83,11 @@ class DeltaLoRA(LoRA):
                 "the first step on; start_step=500 leaves 501 steps plain"
             )
 
+    @property
+    def averageable(self) -> Literal["trained", "nothing"]:  # type: ignore[override]
+        """What steps can be averaged over: not the copy, which comes all at once, and no factors that W goes with."""
+        return "nothing" if self.in_place else "trained"
+
     @override
     def kind(self) -> type[LoRAAdapter]:
         return DeltaLoRAAdapter
@@ -84,7 +95,10 @@ class DeltaLoRA(LoRA):
     @override
     def schedules(self, sites: Sequence[Site], task: str, total_steps: int | None = None) -> list[Schedule]:
         adapters = [cast(DeltaLoRAAdapter, site.adapter(task)) for site in sites]
-        return [*super().schedules(sites, task, total_steps), Propagation(adapters, self.start_step)]
+        added = Propagation(adapters, self.start_step)
+        if self.in_place:
+            added = InPlacePropagation(sites, adapters, self.start_step, task)
+        return [*super().schedules(sites, task, total_steps), added]
 
     @override
     def peft_config(self) -> None:
@@ -102,6 +116,7 @@ class DeltaLoRAAdapter(LoRAAdapter):
     Attributes:
         propagates: Whether there is such a copy. It is read off the tensors where a state is loaded: both are zero
             until it is made. While they are, the adapter computes exactly what LoRA does.
+        in_base: Whether the base's weight itself holds the base's share of the change at the moment.
     """
 
     roles: ClassVar[dict[str, Role]] = {**LoRAAdapter.roles, "snapshot_A": "A", "snapshot_B": "B"}
@@ -109,7 +124,7 @@ class DeltaLoRAAdapter(LoRAAdapter):
     def __init__(self, method: DeltaLoRA, shape: tuple[int, ...], **factory: Any) -> None:
         super().__init__(method, shape, **factory)
         self.update_ratio = method.update_ratio
-        self.propagates = False
+        self.propagates = self.in_base = False
         self.snapshot_A = nn.Parameter(torch.zeros_like(self.lora_A), requires_grad=False)
         self.snapshot_B = nn.Parameter(torch.zeros_like(self.lora_B), requires_grad=False)
 
@@ -130,6 +145,12 @@ class DeltaLoRAAdapter(LoRAAdapter):
         self.snapshot_B.copy_(self.lora_B)
         self.propagates = True
 
+    @torch.no_grad()
+    def change_of_base(self) -> Tensor:
+        """Return the base's share of the change (out, in), ``ratio * s * (B A - B_K A_K)``."""
+        change = self.lora_B @ self.lora_A - self.snapshot_B @ self.snapshot_A
+        return self.update_ratio * self.scaling * change
+
     @override
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return LoRA's factors, or from the snapshot on ``up`` (out, 2r) and ``down`` (2r, in).
@@ -138,7 +159,7 @@ class DeltaLoRAAdapter(LoRAAdapter):
         its own, that of LoRA, in ``lora_B + ratio * sg(lora_B)``. That of ``lora_A`` would be ``1 + ratio`` times
         LoRA's, so it is scaled back, in a form whose value is ``lora_A`` exactly.
         """
-        if not self.propagates or self.update_ratio == 0:
+        if not self.propagates or self.in_base or self.update_ratio == 0:
             return super().factors()
         ratio, a, b = self.update_ratio, self.lora_A.detach(), self.lora_B.detach()
         up = torch.cat([self.lora_B + ratio * b, -ratio * self.snapshot_B], -1)
@@ -175,3 +196,60 @@ class Propagation(Schedule):
             for adapter in self.adapters:
                 if not adapter.propagates:
                     adapter.take_snapshot()
+
+
+class InPlacePropagation(Propagation):
+    """Writes the base's share of the change to the base after each step, and gives it its values back at the end.
+
+    What is written is the base's own values plus the whole sum, not the step's difference added to what is there: it
+    is rounded once, and a run that is resumed from the factors goes on bit for bit.
+
+    Args:
+        sites: The adapted matrices.
+        adapters: Theirs.
+        start_step: The paper's K.
+        task: The adapters' name.
+
+    Raises:
+        ValueError: If a weight is not held in full precision.
+    """
+
+    def __init__(self, sites: Sequence[Site], adapters: Sequence[DeltaLoRAAdapter], start_step: int, task: str) -> None:
+        super().__init__(adapters, start_step)
+        self.places = [(site, site.slot, adapter) for site, adapter in zip(sites, adapters, strict=True)]
+        self.task = task
+        for site in sites:
+            weight = site.weight
+            if type(weight) is not nn.Parameter or weight.dtype not in (torch.float32, torch.float64):
+                held = "no parameter" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+                raise ValueError(
+                    f"in_place=True: {site.name} is {held}, to which the change cannot be added without loss: use "
+                    "in_place=False, which computes the same and leaves the base alone"
+                )
+
+    @override
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Write what the base changed by since the snapshot."""
+        self._write()
+        super().after_step(optimizer)
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._write()
+
+    @override
+    def end(self) -> None:
+        """Have the base as it was: the adapters add the change from now on."""
+        for site, slot, adapter in self.places:
+            slot.restore(cast(nn.Parameter, site.weight))
+            adapter.in_base = False
+
+    def _write(self) -> None:
+        for site, slot, adapter in self.places:
+            weight = cast(nn.Parameter, site.weight)
+            adapter.in_base = adapter.propagates
+            if adapter.propagates:
+                slot.write(weight, adapter.change_of_base(), self.task)
+            else:  # back at a state from before the first write
+                slot.restore(weight)

@@ -62,6 +62,7 @@ class LoRADrop(LoRA):
         ValueError: If a value is out of its range.
     """
 
+    averageable: ClassVar[Literal["all", "trained", "nothing"]] = "nothing"  # adapters go, and others start anew
     refused_inits: ClassVar[Mapping[str, str]] = dict.fromkeys(
         KEEPS_START, "a shared adapter cannot equal each layer's principal part: the base residuals differ"
     )
@@ -152,6 +153,7 @@ class Sample(Schedule):
     Attributes:
         steps: Optimizer steps of the sample.
         importances: What was measured at its end, by site; empty before that.
+        was_before: Whether an earlier run selected already, so that there is nothing to sample for.
 
     Raises:
         ValueError: If the sample is a share of a run whose length is not known.
@@ -167,11 +169,12 @@ class Sample(Schedule):
         self.method = method
         self.steps = method.sample_steps or max(1, math.ceil(method.sample_ratio * (total_steps or 0)))
         self.importances: dict[str, float] = {}
+        self.was_before = False
 
     @property
     def ends_now(self) -> bool:
         """Whether all its steps are done and nothing was selected yet."""
-        return self.step >= self.steps and not self.importances
+        return self.step >= self.steps and not self.importances and not self.was_before
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count and what was measured."""

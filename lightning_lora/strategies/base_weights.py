@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightning_lora.files import AdapterError, some
@@ -25,7 +25,7 @@ def parameters_on_meta() -> Iterator[None]:
             return None  # as it is
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(without_memory)
+    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -83,4 +83,4 @@ def _fill(part: nn.Module, folder: str, device: torch.device) -> None:
     absent = [names[key][0] for key, name in found.items() if name is None]
     if absent:
         raise AdapterError(f"base_weights={folder}: its files lack {some(absent)}: give the folder of this base")
-    dcp.load({name: tensors[key] for key, name in found.items() if name is not None}, storage_reader=reader)
+    load({name: tensors[key] for key, name in found.items() if name is not None}, storage_reader=reader)
