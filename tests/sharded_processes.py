@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_lora import (
     AdaLoRA,
+    AdapterError,
     DeltaLoRA,
     DoRA,
     DyLoRA,
@@ -44,10 +45,12 @@ from lightning_lora import (
     ReLoRA,
     VeRA,
 )
+from lightning_lora.files import SECTION
 from lightning_lora.sharding import local, whole
 from lightning_lora.sites import clean
 from lightning_lora.strategies import LoRAFSDP2Strategy, parameters_on_meta
 
+HEAD_TOO: dict[str, Any] = {"modules_to_save": ["head"], "gradient_clip_val": 0.05}
 SHARDED = ("lora_fsdp", "lora_fsdp2")
 LORA = LoRA(r=2, alpha=4)
 STEPS, BATCH = 6, 4
@@ -203,10 +206,10 @@ def resumed_from(other: str, strategy: str, folder: Path) -> dict[str, Any]:
     return plain(fit(strategy, folder, path=folder / f"{other}-LoRA-epoch=0.ckpt"))
 
 
-def handed_over(strategy: str, folder: Path, name: str) -> dict[str, Any]:
+def handed_over(strategy: str, folder: Path) -> dict[str, Any]:
     """Train one epoch, with what the run before left, and leave it to the next."""
     path = folder / "handed_over.ckpt"
-    epochs = torch.load(path)["epoch"] + 1 if path.exists() else 0
+    epochs = torch.load(path)["epoch"] if path.exists() else 0
     found = fit(strategy, folder, path=path if path.exists() else None, max_epochs=epochs + 1)
     found["run"].save_checkpoint(path)
     return plain(found)
@@ -348,17 +351,32 @@ class TakesTurns(Lit):
         return net
 
 
+class Llama(Lit):
+    """A transformers model whose head is its embedding, adapted in its seven kinds of projections."""
+
+    def build(self) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(7)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, tie_word_embeddings=True, **sizes))
+
+    def loss(self, batch: Any) -> Tensor:
+        tokens = (batch[0] * 8).long() % 32
+        return self.net(input_ids=tokens, labels=tokens).loss
+
+
 class Compiled(Lit):
     def build(self) -> nn.Module:
         return torch.compile(super().build(), backend="aot_eager")
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "llama": lambda: {"module": Llama()},
     "clip": lambda: {"gradient_clip_val": 0.05},
     "accumulate": lambda: {"accumulate_grad_batches": 3, "callbacks": [Reduced()]},
     "manual": lambda: {"module": Manual()},
     "checkpointing": lambda: {"module": Checkpointed()},
-    "bf16-true": lambda: {"precision": "bf16-true"},
     "modules_to_save": lambda: {"modules_to_save": ["head"], "bias": "all", "gradient_clip_val": 0.05},
     "compile": lambda: {"module": Compiled()},
 }
@@ -374,6 +392,14 @@ def cases(strategy: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+def low_precision(strategy: str, folder: Path) -> dict[str, Any]:
+    """Train fp32 adapters over a base in bf16."""
+    found = fit(strategy, folder, precision="bf16-true")
+    kinds = {p.dtype for p in found["module"].parameters() if p.requires_grad}
+    base = {p.dtype for p in found["module"].net.entry.parameters() if not p.requires_grad}
+    return plain(found) | {"kinds": [str(kind) for kind in (*kinds, *base)]}
+
+
 def divided_by_the_user(folder: Path) -> dict[str, Any]:
     found = {}
     for how in ("in __init__", "assigned first", "assigned last"):
@@ -382,10 +408,9 @@ def divided_by_the_user(folder: Path) -> dict[str, Any]:
         kinds = {type(p).__name__ for name, p in module.named_parameters() if not p.requires_grad}
         found[how]["base"] = sorted(kinds)
         path = folder / "divided.ckpt"
-        options = {"modules_to_save": ["head"], "gradient_clip_val": 0.05}
-        half = fit("lora_fsdp2", folder, module=Divides(how), max_epochs=1, **options)
+        half = fit("lora_fsdp2", folder, module=Divides(how), max_epochs=1, **HEAD_TOO)
         half["run"].save_checkpoint(path)
-        found[how]["saved"] = plain(fit("lora_fsdp2", folder, module=Divides(how), path=path, **options))
+        found[how]["saved"] = plain(fit("lora_fsdp2", folder, module=Divides(how), path=path, **HEAD_TOO))
         found[how]["saved"]["losses"] = half["losses"] + found[how]["saved"]["losses"]
     return found
 
@@ -412,7 +437,14 @@ def from_files(folder: Path) -> dict[str, Any]:
         return plain(fit(strategy, folder, method, module=OnMeta(), **options))
 
     resumed = run(path=folder / "ddp-LoRA-epoch=0.ckpt")
-    return {"LoRA": run(), "DoRA": run(METHODS["DoRA"]), "resumed": resumed}
+    other = torch.load(folder / "ddp-LoRA-epoch=0.ckpt")
+    other[SECTION]["sites"]["net.entry.weight"]["base"] = "0" * 16
+    torch.save(other, folder / f"other{dist.get_rank()}.ckpt")
+    try:
+        refused = str(run(path=folder / f"other{dist.get_rank()}.ckpt"))
+    except AdapterError as error:
+        refused = f"AdapterError: {error}"
+    return {"other base": refused, "LoRA": run(), "DoRA": run(METHODS["DoRA"]), "resumed": resumed}
 
 
 def hybrid(folder: Path) -> dict[str, Any]:
@@ -426,7 +458,7 @@ def by_turns(strategy: str, folder: Path) -> dict[str, Any]:
     callback = LoRACallback(LORA, audit=False)
     trainer(strategy, folder, [callback]).fit(module, data())
     moments = {name: p.grad is not None for name, p in module.named_parameters() if p.requires_grad}
-    return {"alike": alike(module), "gradients": moments}
+    return {"alike": alike(module), "gradients": moments, "loss": module.losses[-1]}
 
 
 Part = Callable[[Path], Any]
@@ -436,7 +468,9 @@ STAGES: dict[str, tuple[int, dict[str, Part]]] = {
         {
             "auto": partial(methods, "auto"),
             "cases": partial(cases, "auto"),
-            "handed over": partial(handed_over, "auto", name="one"),
+            "head trained too": lambda folder: plain(fit("auto", folder, **HEAD_TOO)),
+            "four epochs": lambda folder: plain(fit("auto", folder, max_epochs=4)),
+            "handed over": partial(handed_over, "auto"),
         },
     ),
     "two": (
@@ -444,6 +478,7 @@ STAGES: dict[str, tuple[int, dict[str, Part]]] = {
         {name: partial(methods, name) for name in ("ddp", *SHARDED)}
         | {f"{name} cases": partial(cases, name) for name in SHARDED}
         | {f"{name} messages": partial(messages_of_checkpoints, name) for name in SHARDED}
+        | {f"{name} low precision": partial(low_precision, name) for name in ("ddp", *SHARDED)}
         | {f"{name} by turns": partial(by_turns, name) for name in SHARDED}
         | {
             "ddp from one": partial(resumed_from, "auto", "ddp"),
@@ -452,11 +487,11 @@ STAGES: dict[str, tuple[int, dict[str, Part]]] = {
             "ddp from lora_fsdp2": partial(resumed_from, "lora_fsdp2", "ddp"),
             "divided by the user": divided_by_the_user,
             "from files": from_files,
-            "handed over": partial(handed_over, "lora_fsdp2", name="two"),
+            "handed over": partial(handed_over, "lora_fsdp2"),
         },
     ),
-    "four": (4, {"handed over": partial(handed_over, "lora_fsdp", name="four"), "hybrid": hybrid}),
-    "one again": (1, {"handed over": partial(handed_over, "auto", name="one again")}),
+    "four": (4, {"handed over": partial(handed_over, "lora_fsdp"), "hybrid": hybrid}),
+    "one again": (1, {"handed over": partial(handed_over, "auto")}),
 }
 
 
