@@ -24,6 +24,7 @@ from lightning_lora.quantized import (
     set_parameter,
     unpack_,
 )
+from lightning_lora.sharding import is_flattened, is_sharded
 from lightning_lora.sites import Slot, clean, join, sites, slots_at, slots_of
 
 _ROUNDING = 16  # in units of the last place, relative to the whole matrix
@@ -64,7 +65,7 @@ def merge_(model: nn.Module) -> nn.Module:
         ValueError: If nothing is adapted, or an adapted weight is tied to that of a layer without the adapter, is in a
             quantized format that cannot be written, or is computed by a parametrization that cannot give the merged
             one.
-        RuntimeError: If the model is inside ``merged``.
+        RuntimeError: If the model is inside ``merged``, or its base is divided over processes.
     """
     adapted = _adapted_parameters(model)
     for one in adapted:
@@ -219,6 +220,12 @@ def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
     if not found:
         raise ValueError(f"nothing to merge: {type(model).__name__} has no adapters: call inject or load_adapter first")
     check_not_merged(model, "merge again")
+    divided = next((site.name for site in found if is_sharded(site.weight) or is_flattened(site.weight)), None)
+    if divided is not None:
+        raise RuntimeError(
+            f"cannot merge into {divided}: each process holds a part of it: save the adapters and merge in one process, "
+            "with `lightning-lora merge` or load_from_checkpoint(..., merge=True)"
+        )
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():

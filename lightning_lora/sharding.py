@@ -14,6 +14,11 @@ def is_sharded(tensor: object) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_flattened(tensor: object) -> bool:
+    """Tell whether a parameter is this process's part of a vector that the first FSDP made of several."""
+    return hasattr(tensor, "_fsdp_flattened")
+
+
 def split_by_columns(model: nn.Module) -> list[str]:
     """Return the names of parameters that are divided in another way than by ``fully_shard`` over their rows.
 

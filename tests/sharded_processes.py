@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_lora import (
     AdaLoRA,
+    AdapterEMA,
     AdapterError,
     DeltaLoRA,
     DoRA,
@@ -44,6 +45,7 @@ from lightning_lora import (
     Method,
     ReLoRA,
     VeRA,
+    merge_,
 )
 from lightning_lora.files import SECTION
 from lightning_lora.sharding import local, whole
@@ -179,6 +181,14 @@ def fit(
     run = trainer(strategy, folder, [callback, *options.pop("callbacks", [])], **options)
     run.fit(module, data(), ckpt_path=path)
     return {"losses": module.losses, "trained": trained(module), "run": run, "module": module}
+
+
+def message(run: Callable[[], Any]) -> str:
+    try:
+        run()
+    except (AdapterError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 def plain(found: dict[str, Any]) -> dict[str, Any]:
@@ -366,6 +376,19 @@ class Llama(Lit):
         return self.net(input_ids=tokens, labels=tokens).loss
 
 
+class Captured(Lit):
+    """Builds its optimizer, with a learning rate for each part, before there are adapters or shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [self.net.entry, self.net.blocks, self.net.head]
+        groups = [{"params": list(part.parameters()), "lr": 0.01 * (i + 1)} for i, part in enumerate(parts)]
+        self.optimizer = torch.optim.AdamW(groups)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+
 class Compiled(Lit):
     def build(self) -> nn.Module:
         return torch.compile(super().build(), backend="aot_eager")
@@ -373,6 +396,8 @@ class Compiled(Lit):
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "llama": lambda: {"module": Llama()},
+    "average": lambda: {"callbacks": [AdapterEMA(0.9)]},
+    "captured": lambda: {"module": Captured()},
     "clip": lambda: {"gradient_clip_val": 0.05},
     "accumulate": lambda: {"accumulate_grad_batches": 3, "callbacks": [Reduced()]},
     "manual": lambda: {"module": Manual()},
@@ -386,9 +411,12 @@ def cases(strategy: str, folder: Path) -> dict[str, Any]:
     found = {}
     for name, options in CASES.items():
         chosen = options()
-        found[name] = plain(fit(strategy, folder, **chosen))
+        run = fit(strategy, folder, **chosen)
+        optimizer = run["run"].optimizers[0]
+        held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        found[name] = plain(run) | {"held": held}
         for callback in chosen.get("callbacks", []):
-            found[name]["reduced"] = callback.reduced
+            found[name]["reduced"] = getattr(callback, "reduced", [])
     return found
 
 
@@ -440,10 +468,7 @@ def from_files(folder: Path) -> dict[str, Any]:
     other = torch.load(folder / "ddp-LoRA-epoch=0.ckpt")
     other[SECTION]["sites"]["net.entry.weight"]["base"] = "0" * 16
     torch.save(other, folder / f"other{dist.get_rank()}.ckpt")
-    try:
-        refused = str(run(path=folder / f"other{dist.get_rank()}.ckpt"))
-    except AdapterError as error:
-        refused = f"AdapterError: {error}"
+    refused = message(lambda: run(path=folder / f"other{dist.get_rank()}.ckpt"))
     return {"other base": refused, "LoRA": run(), "DoRA": run(METHODS["DoRA"]), "resumed": resumed}
 
 
@@ -458,7 +483,8 @@ def by_turns(strategy: str, folder: Path) -> dict[str, Any]:
     callback = LoRACallback(LORA, audit=False)
     trainer(strategy, folder, [callback]).fit(module, data())
     moments = {name: p.grad is not None for name, p in module.named_parameters() if p.requires_grad}
-    return {"alike": alike(module), "gradients": moments, "loss": module.losses[-1]}
+    merging = message(lambda: merge_(module))
+    return {"merging": merging, "alike": alike(module), "gradients": moments, "loss": module.losses[-1]}
 
 
 Part = Callable[[Path], Any]

@@ -171,6 +171,18 @@ def test_copies_of_a_divided_base_train_as_one_device(found: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
+def test_nothing_is_merged_into_a_divided_base(strategy: str, found: Any) -> None:
+    merging = found["two"][f"{strategy} by turns"]["merging"]
+    assert merging.startswith("RuntimeError: cannot merge into net.entry.weight: each process holds a part of it")
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_an_optimizer_that_was_built_before_lets_the_base_go(strategy: str, found: Any) -> None:
+    case = found["two"][f"{strategy} cases"]["captured"]
+    assert case["held"] == sum(len(values) for values in case["trained"].values())
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
 def test_adapters_that_only_some_processes_use_stay_alike(strategy: str, found: Any) -> None:
     run = found["two"][f"{strategy} by turns"]
     assert run["alike"]

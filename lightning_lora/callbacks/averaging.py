@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_lora.callbacks.guards import frozen_norms
 from lightning_lora.derived_groups import PARENT
 from lightning_lora.method import Method
+from lightning_lora.strategies.replication import ReplicatesAdapters
 
 _NAMES = {"WeightAveraging", "StochasticWeightAveraging"}  # names, as pytorch_lightning has classes of its own
 
@@ -54,6 +55,31 @@ def check_averageable(trainer: Trainer, method: Method) -> None:
         raise ValueError(
             f"{type(found[0]).__name__} would average what {type(method).__name__} replaces along the run with what it "
             f"was before, which means nothing: {instead}"
+        )
+
+
+def check_divided(trainer: Trainer, method: Method) -> None:
+    """Check that nothing of a run needs the base whole where the strategy divides it.
+
+    Args:
+        trainer: The Trainer.
+        method: What the run trains.
+
+    Raises:
+        ValueError: If a callback copies the module, or the method writes to the base.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ReplicatesAdapters):
+        return
+    for one in averaging_callbacks(trainer):
+        raise ValueError(
+            f"{type(one).__name__} copies the whole module, and {type(strategy).__name__} divides its base: use "
+            "AdapterEMA, which averages only what is trained"
+        )
+    if getattr(method, "in_place", False):
+        raise ValueError(
+            f"in_place=True writes to the base, and {type(strategy).__name__} divides it: use in_place=False, which "
+            "computes the same"
         )
 
 

@@ -19,6 +19,7 @@ from lightning_lora.callbacks.audit import Audit
 from lightning_lora.callbacks.averaging import (
     averaging_callbacks,
     check_averageable,
+    check_divided,
     check_norms,
     check_order,
     extend_rates,
@@ -39,7 +40,7 @@ from lightning_lora.callbacks.guards import (
     tied_to_frozen,
     without_dropout,
 )
-from lightning_lora.callbacks.optimizers import built_optimizers
+from lightning_lora.callbacks.optimizers import Replacements, built_optimizers
 from lightning_lora.callbacks.schedules import Schedules
 from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import LR_EMBEDDING, check_ratio, link, split
@@ -138,6 +139,7 @@ class LoRACallback(Callback):
             check_conflicts(trainer)
             check_order(trainer, self)
             check_averageable(trainer, self.method)
+            check_divided(trainer, self.method)
             self._wrap(
                 pl_module, "configure_optimizers", lambda build: self._configure_optimizers(trainer, pl_module, build)
             )
@@ -152,6 +154,7 @@ class LoRACallback(Callback):
     def _configure_model(
         self, trainer: Trainer, pl_module: LightningModule, stage: str, build: Callable[[], Any]
     ) -> None:
+        self._replacements = Replacements(pl_module)
         build()
         self._inject(trainer, pl_module, stage)
 
@@ -209,7 +212,7 @@ class LoRACallback(Callback):
         )
 
     def _configure_optimizers(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> Any:
-        returned, optimizers, schedulers = built_optimizers(pl_module, build)
+        returned, optimizers, schedulers = built_optimizers(pl_module, build, self._replacements)
         for optimizer in optimizers:
             self._split(pl_module, optimizer)
         for scheduler in schedulers:

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import ref
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.optim import place
-from lightning_lora.sites import hidden
+from lightning_lora.sites import clean, hidden
 
 
-def built_optimizers(pl_module: LightningModule, build: Callable[[], Any]) -> tuple[Any, list[Optimizer], list[Any]]:
+class Replacements:
+    """The parameters that a module has before a strategy divides it, for optimizers that were built from these.
+
+    They are held weakly: what no optimizer holds is let go of when its shards take its place.
+
+    Args:
+        module: The module as it is before.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.before = {clean(name): ref(parameter) for name, parameter in module.named_parameters()}
+
+    def put_in(self, optimizers: Iterable[Optimizer]) -> None:
+        """Put the parameters that the module has now where optimizers hold those of the same names.
+
+        Args:
+            optimizers: Changed in place.
+        """
+        now = {clean(name): parameter for name, parameter in self.module.named_parameters()}
+        new = {before(): now[name] for name, before in self.before.items() if name in now and before() is not None}
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["params"][:] = [new.get(parameter, parameter) for parameter in group["params"]]
+
+
+def built_optimizers(
+    pl_module: LightningModule, build: Callable[[], Any], replacements: Replacements
+) -> tuple[Any, list[Optimizer], list[Any]]:
     """Run a module's ``configure_optimizers`` and put adapter parameters where they belong in its optimizers.
 
     Args:
         pl_module: The adapted module.
         build: Its own ``configure_optimizers``.
+        replacements: What it may have built optimizers from.
 
     Returns:
         What that returned, and the optimizers and the schedulers in it.
@@ -44,6 +74,7 @@ def built_optimizers(pl_module: LightningModule, build: Callable[[], Any]) -> tu
             "configure_optimizers returned no optimizer, so the adapters would not be trained: return one over "
             "self.parameters()"
         )
+    replacements.put_in(optimizers)
     doubt = place(pl_module, optimizers)
     if doubt is not None:
         rank_zero_warn(doubt)
