@@ -9,14 +9,15 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import AdapterEMA, LoRACallback, sites
+from lightning_lora import AdapterEMA, LoRACallback, PreemptionCheckpoint, sites
 
 # Lightning 2.6's CLI calls two functions that newer jsonargparse deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 ROOT = Path(__file__).parent.parent
 CALLBACKS = sorted(ROOT.glob("callbacks/*.yaml"))
 BESIDE = ROOT / "callbacks/ema.yaml"  # adapts nothing itself
-METHODS = [path for path in CALLBACKS if path != BESIDE]
+LEAVING = ROOT / "callbacks/preemption.yaml"  # nor does this
+METHODS = [path for path in CALLBACKS if path not in (BESIDE, LEAVING)]
 AVERAGED = [path for path in METHODS if path.stem not in ("lora_drop", "relora")]  # which say that they cannot be
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
@@ -87,6 +88,17 @@ def test_the_average_goes_with_each_of_them_that_can_be_averaged(callback, tmp_p
     assert any(
         not torch.equal(value, content["state_dict"][name]) for name, value in content["current_model_state"].items()
     )
+
+
+def test_the_checkpoint_of_a_job_that_has_to_go_comes_with_one_more_fragment(tmp_path):
+    cli = command_line(
+        f"--trainer.callbacks+={ROOT / 'callbacks/lora.yaml'}",
+        f"--trainer.callbacks+={LEAVING}",
+        f"--trainer.callbacks.dirpath={tmp_path}",
+        folder=tmp_path,
+    )
+    [leaving] = [one for one in cli.trainer.callbacks if isinstance(one, PreemptionCheckpoint)]
+    assert leaving.ckpt_path == f"{tmp_path}/preempted.ckpt"
 
 
 @pytest.mark.parametrize("callback", CALLBACKS, ids=lambda path: path.stem)

@@ -71,8 +71,8 @@ class LoRADDPStrategy(DDPStrategy):
         idle = [clean(name) for name, one in trained.items() if one.grad is None]
         exception.args = (
             f"{len(idle)} of {len(trained)} trained parameters got no gradient from the last batch: {some(idle)}. "
-            "Leave layers that no batch uses out with LoRACallback(exclude_modules=[...]); if batches use them by turns, set "
-            f"LoRACallback(audit=False) and strategy={type(self).__name__}(find_unused_parameters=True)",
+            "Leave out layers that no batch uses with LoRACallback(exclude_modules=[...]); if they are used by turns, "
+            f"set LoRACallback(audit=False) and strategy={type(self).__name__}(find_unused_parameters=True)",
         )
 
 
