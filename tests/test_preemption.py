@@ -169,7 +169,11 @@ def test_signals_are_handed_back_however_the_fit_ends(run, trainer, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 def test_a_test_run_leaves_the_checkpoint_where_it_is(run, trainer, tmp_path):
     run("a", Told(2))
-    callbacks = [LoRACallback(LoRA(r=2)), PreemptionCheckpoint(tmp_path / "a"), ModelCheckpoint(save_top_k=-1)]
+    callbacks = [
+        LoRACallback(LoRA(r=2)),
+        PreemptionCheckpoint(tmp_path / "a"),
+        ModelCheckpoint(tmp_path / "a/others", save_top_k=-1),
+    ]
     saved = tmp_path / "a/preempted.ckpt"
     trainer(callbacks=callbacks, enable_checkpointing=True).test(Lit(), loader(), ckpt_path=saved, verbose=False)
     assert saved.exists()
