@@ -140,6 +140,7 @@ class PreemptionCheckpoint(OnExceptionCheckpoint):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.is_global_zero and _requeues(environment, told[0]):
             _requeue()
+        trainer.strategy.barrier("preempted")  # where one rank's exit ends the others, it must not come too early
         raise SIGTERMException(_exit_code(environment, told[0]))
 
     @override
