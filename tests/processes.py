@@ -206,10 +206,24 @@ def different_bases(rank: int) -> dict[str, Any]:
 
 def forked() -> dict[str, Any]:
     module = Lit()
-    with patch(f"{GUARDS}.check_strategy"):
+    with patch(f"{GUARDS}.check_launcher"):
         trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)]).fit(module, loader())
     run = trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)])
-    return {"sites": len(sites(module)), "message": message(lambda: run.fit(Lit(), loader()))}
+    before = Lit()
+    inject(before, METHOD, seed=0)
+    fresh = adapters(before)[1].clone()
+    again = trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)])
+    again.fit(before, loader())
+    one = Lit()
+    trainer(callbacks=[LoRACallback(METHOD)]).fit(one, loader())
+    came_back = [bool(torch.allclose(*pair)) for pair in zip(adapters(before), adapters(one), strict=True)]
+    learned = not torch.equal(adapters(before)[1], fresh)
+    return {
+        "sites": len(sites(module)),
+        "came_back": came_back,
+        "learned": learned,
+        "message": message(lambda: run.fit(Lit(), loader())),
+    }
 
 
 def main(rank: int, folder: Path) -> None:

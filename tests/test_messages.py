@@ -116,6 +116,7 @@ from lightning_lora.callbacks.audit import Audit
 from lightning_lora.callbacks.guards import (
     check_connected,
     check_frozen,
+    check_launcher,
     check_present,
     check_scaled,
     check_strategy,
@@ -995,8 +996,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "strategy=FSDPStrategy: it would gather the whole base for each checkpoint and divide adapters too: use "
         "strategy='lora_fsdp'": lambda: check_strategy(strategy("FSDPStrategy")),
-        "strategy=DDPStrategy trains in spawned or forked processes, and the adapters would stay there: use "
-        "strategy='ddp'": lambda: check_strategy(strategy("DDPStrategy", "_MultiProcessingLauncher")),
+        "strategy=DDPStrategy trains in spawned or forked processes, and adapters that are injected there would stay "
+        "there: use strategy='ddp', or in a notebook call inject(model, LoRA(...)) with the same method and targets "
+        "before trainer.fit": lambda: check_launcher(strategy("DDPStrategy", "_MultiProcessingLauncher")),
     },
     ("strategies/blocks", ValueError): {
         "blocks=['Decoder']: no module of the model is of that class; it has ['Sequential']": (

@@ -468,7 +468,7 @@ def clip_weights() -> None:
 
 
 def strategy(name: str, launcher: str = "") -> object:
-    """A strategy as `check_strategy` sees it: by the names of its class and of its launcher's."""
+    """A strategy as `check_strategy` and `check_launcher` see it: by the names of its class and of its launcher's."""
     return type(name, (), {"launcher": type(launcher, (), {})()})()
 
 
