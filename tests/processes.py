@@ -211,17 +211,12 @@ def forked() -> dict[str, Any]:
     run = trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)])
     before = Lit()
     inject(before, METHOD, seed=0)
-    fresh = adapters(before)[1].clone()
-    again = trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)])
-    again.fit(before, loader())
-    one = Lit()
-    trainer(callbacks=[LoRACallback(METHOD)]).fit(one, loader())
-    came_back = [bool(torch.allclose(*pair)) for pair in zip(adapters(before), adapters(one), strict=True)]
-    learned = not torch.equal(adapters(before)[1], fresh)
+    fresh = [one.clone() for one in adapters(before)]
+    trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)]).fit(before, loader())
+    came_back = [not torch.equal(*pair) for pair in zip(adapters(before), fresh, strict=True)]
     return {
         "sites": len(sites(module)),
         "came_back": came_back,
-        "learned": learned,
         "message": message(lambda: run.fit(Lit(), loader())),
     }
 

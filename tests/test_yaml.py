@@ -128,6 +128,15 @@ def test_fields_of_the_callback_and_its_method_are_set_behind_it(tmp_path):
     assert callback.modules_to_save == ["net.2"]
 
 
+def test_our_strategies_options_are_set_in_a_config(tmp_path):
+    strategy = "lightning_lora.strategies.ddp.LoRADDPStrategy"
+    arguments = [f"--trainer.strategy={strategy}", "--trainer.strategy.broadcast_base=false"]
+    arguments += ["--trainer.strategy.process_group_backend=gloo", "--trainer.accelerator=cpu"]
+    chosen = command_line(*arguments, folder=tmp_path).trainer.strategy
+    assert not chosen.broadcast_base
+    assert chosen.process_group_backend == "gloo"
+
+
 def test_short_names_are_known_once_the_library_is_imported(tmp_path):
     cli = command_line(
         "--trainer.accelerator=cpu",
