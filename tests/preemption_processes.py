@@ -30,17 +30,17 @@ from lightning_lora import LoRA, LoRACallback, PreemptionCheckpoint
 class Told(L.Callback):
     """Sends a signal to this rank only."""
 
-    def __init__(self, step: int, validating: bool, signum: int) -> None:
+    def __init__(self, step: int, batch: int | None, signum: int) -> None:
         self.step = step
-        self.validating = validating
+        self.batch = batch  # of a validation
         self.signum = signum
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if not self.validating and trainer.global_step == self.step:
+        if self.batch is None and trainer.global_step == self.step:
             os.kill(os.getpid(), self.signum)
 
-    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.validating and trainer.global_step == self.step:
+    def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if self.batch == batch_idx and trainer.global_step == self.step:
             os.kill(os.getpid(), self.signum)
 
 
@@ -82,7 +82,7 @@ def requeueing(folder: Path) -> dict[str, Any]:
     for signum in (signal.SIGUSR1, signal.SIGTERM):
         log = folder / "scontrol.log"
         log.unlink(missing_ok=True)
-        found[signum.name] = both_runs(folder / signum.name, Told(2, False, signum), variables=slurm)
+        found[signum.name] = both_runs(folder / signum.name, Told(2, None, signum), variables=slurm)
         found[signum.name]["requeued"] = log.read_text().splitlines() if log.exists() else []
     return found
 
@@ -93,9 +93,9 @@ def main(folder: Path) -> None:
     term = signal.SIGTERM
     found = {
         "whole": reports(folder / "whole", "whole"),
-        "training": both_runs(folder / "training", Told(5, False, term)),
-        "validation": both_runs(folder / "validation", Told(4, True, term)),
-        "uneven": both_runs(folder / "uneven", Told(4, True, term), validation=lambda rank: 2 + rank),
+        "training": both_runs(folder / "training", Told(5, None, term)),
+        "validation": both_runs(folder / "validation", Told(4, 0, term)),
+        "uneven": both_runs(folder / "uneven", Told(4, 2, term), validation=lambda rank: 2 + rank),
         "slurm": requeueing(folder),
         "campaign": [asdict(one) for one in campaign(1)],
     }

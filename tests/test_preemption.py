@@ -105,7 +105,8 @@ MOMENTS = {
         {"validation": 3, "val_check_interval": 1, "accumulate_grad_batches": 2},
         Told(1, batch=1),
     ),
-    "with a moving average": ({"validation": 3, "callbacks": [AdapterEMA(0.5)]}, Told(4, batch=1)),
+    "with a moving average, which is updated after each step": ({"callbacks": [AdapterEMA(0.5)]}, Told(1)),
+    "while a moving average is validated": ({"validation": 3, "callbacks": [AdapterEMA(0.5)]}, Told(4, batch=1)),
 }
 
 
@@ -138,6 +139,26 @@ def test_the_checkpoint_is_whole_and_goes_when_the_fit_ends(run, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 def test_sigusr1_is_heard_too(run):
     assert run("a", Told(2, signum=signal.SIGUSR1))[2] == 128 + signal.SIGUSR1
+
+
+class Handlers(L.Callback):
+    """Notes who handles SIGTERM at each stage."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        self.seen.append(signal.getsignal(signal.SIGTERM))
+
+    on_fit_start = on_sanity_check_start = on_train_start = on_train_batch_end = on_train_end = setup
+
+
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+def test_lightnings_own_handler_is_never_in_place(run):
+    handlers = Handlers()
+    run("a", validation=1, callbacks=[handlers])
+    assert len(handlers.seen) == 13
+    assert {one.__func__ for one in handlers.seen[1:]} == {PreemptionCheckpoint._note}
 
 
 def fails(*_: Any) -> None:
