@@ -103,7 +103,7 @@ MOMENTS = {
     "the validation after the last epoch": ({"validation": 3}, Told(8, batch=1)),
     "a validation amid accumulation": (
         {"validation": 3, "val_check_interval": 1, "accumulate_grad_batches": 2},
-        Told(1, batch=1),
+        Told(0, batch=1),
     ),
     "with a moving average, which is updated after each step": ({"callbacks": [AdapterEMA(0.5)]}, Told(1)),
     "while a moving average is validated": ({"validation": 3, "callbacks": [AdapterEMA(0.5)]}, Told(4, batch=1)),
