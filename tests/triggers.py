@@ -31,7 +31,6 @@ from lightning_lora import (
     LoRADrop,
     Method,
     PreemptionCheckpoint,
-    RankCurve,
     inject,
     merged,
     recommend_targets,
@@ -47,7 +46,6 @@ from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
 from lightning_lora.sharing import share
-from lightning_lora.report import plot_importances, plot_ranks
 from lightning_lora.strategies.ddp import check_alike
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
