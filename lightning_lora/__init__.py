@@ -2,7 +2,7 @@
 
 from lightning_lora import methods as methods
 from lightning_lora import strategies as strategies
-from lightning_lora.callbacks import AdapterEMA, LoRACallback
+from lightning_lora.callbacks import AdapterEMA, LoRACallback, PreemptionCheckpoint
 from lightning_lora.checkpoints import load_from_checkpoint
 from lightning_lora.data_starts import start_from_data
 from lightning_lora.files import AdapterError
@@ -41,6 +41,7 @@ __all__ = [
     "LoRADrop",
     "LoRAFA",
     "Method",
+    "PreemptionCheckpoint",
     "ReLoRA",
     "RankCurve",
     "Recommendation",

@@ -206,10 +206,19 @@ def different_bases(rank: int) -> dict[str, Any]:
 
 def forked() -> dict[str, Any]:
     module = Lit()
-    with patch(f"{GUARDS}.check_strategy"):
+    with patch(f"{GUARDS}.check_launcher"):
         trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)]).fit(module, loader())
     run = trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)])
-    return {"sites": len(sites(module)), "message": message(lambda: run.fit(Lit(), loader()))}
+    before = Lit()
+    inject(before, METHOD, seed=0)
+    fresh = [one.clone() for one in adapters(before)]
+    trainer(strategy="ddp_fork", callbacks=[LoRACallback(METHOD)]).fit(before, loader())
+    came_back = [not torch.equal(*pair) for pair in zip(adapters(before), fresh, strict=True)]
+    return {
+        "sites": len(sites(module)),
+        "came_back": came_back,
+        "message": message(lambda: run.fit(Lit(), loader())),
+    }
 
 
 def main(rank: int, folder: Path) -> None:

@@ -483,7 +483,7 @@ def test_strategies_that_train_in_processes_of_their_own_are_refused(trainer: An
 
     run = trainer(callbacks=[callback()])
     run.strategy._launcher = _MultiProcessingLauncher()
-    with pytest.raises(ValueError, match=r"the adapters would stay there: use strategy='ddp'"):
+    with pytest.raises(ValueError, match=r"injected there would stay there: use strategy='ddp'"):
         run.fit(Lit(), loader())
 
 

@@ -38,6 +38,7 @@ from triggers import (
     Tied,
     adapted,
     base,
+    beside,
     by_peft,
     changed,
     changed_checkpoint,
@@ -51,6 +52,8 @@ from triggers import (
     groups,
     in_int4,
     in_place,
+    leave,
+    leaving,
     merge_square,
     merge_tied,
     net,
@@ -61,6 +64,7 @@ from triggers import (
     raised_note,
     removed,
     repeated,
+    requeue,
     resume,
     saved,
     seen_inputs,
@@ -112,6 +116,7 @@ from lightning_lora.callbacks.audit import Audit
 from lightning_lora.callbacks.guards import (
     check_connected,
     check_frozen,
+    check_launcher,
     check_present,
     check_scaled,
     check_strategy,
@@ -132,6 +137,7 @@ from lightning_lora.report import plot_importances, plot_ranks
 from lightning_lora.sharing import share
 from lightning_lora.strategies import LoRAFSDP2Strategy
 from lightning_lora.strategies.blocks import blocks_of
+from lightning_lora.strategies.ddp import LoRADDPStrategy
 
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/lora", ValueError): {
@@ -990,8 +996,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "strategy=FSDPStrategy: it would gather the whole base for each checkpoint and divide adapters too: use "
         "strategy='lora_fsdp'": lambda: check_strategy(strategy("FSDPStrategy")),
-        "strategy=DDPStrategy trains in spawned or forked processes, and the adapters would stay there: use "
-        "strategy='ddp'": lambda: check_strategy(strategy("DDPStrategy", "_MultiProcessingLauncher")),
+        "strategy=DDPStrategy trains in spawned or forked processes, and adapters that are injected there would stay "
+        "there: use strategy='ddp', or in a notebook call inject(model, LoRA(...)) with the same method and targets "
+        "before trainer.fit": lambda: check_launcher(strategy("DDPStrategy", "_MultiProcessingLauncher")),
     },
     ("strategies/blocks", ValueError): {
         "blocks=['Decoder']: no module of the model is of that class; it has ['Sequential']": (
@@ -1044,6 +1051,26 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "the adapters' dropout has no effect at 2 matrices (first: net.self_attn.in_proj_weight): the forward of "
         "their layer reads them, or looks rows up, instead of multiplying an input by them": (
             lambda: fit(Attending(), method=LoRA(r=2, dropout=0.1))
+        ),
+    },
+    ("callbacks/preemption", UserWarning): {
+        "PreemptionCheckpoint saves nothing at the end of a fit, and beside it Lightning adds no ModelCheckpoint by "
+        "itself: give Trainer(callbacks=[..., ModelCheckpoint()])": leave,
+        "SIGTERM came: step 1 is saved in ./preempted.ckpt, and the job ends; fit(..., ckpt_path='last') goes on from "
+        "there": leaving,
+        "scontrol requeue 4217 failed, so submit the job again yourself: [Errno 2] No such file or directory: "
+        "'scontrol'": requeue,
+    },
+    ("strategies/ddp", ValueError): {
+        "strategy=LoRADDPStrategy: no parameter of Net requires a gradient, so there is nothing to train: give "
+        "Trainer(callbacks=[LoRACallback(...)]), or call inject(model, LoRA()) first": (
+            lambda: LoRADDPStrategy()._setup_model(net().requires_grad_(False))
+        ),
+        "broadcast_base=False: one rank has 1 frozen tensors and another 4, so their models differ: build the same "
+        "model on every rank": lambda: beside({"first.weight": torch.ones(2)}, net().state_dict()),
+        "broadcast_base=False: 1 of 4 frozen tensors differ between ranks, the first is second.weight: load the same "
+        "weights on every rank, or leave broadcast_base=False out": (
+            lambda: beside(net().state_dict() | {"second.weight": torch.ones(3, 8)}, net().state_dict())
         ),
     },
     ("callbacks/optimizers", UserWarning): {

@@ -1,12 +1,11 @@
 """Strategies that would lose adapters are refused with the line to write."""
 
-import lightning.pytorch as L
 import pytest
 from conftest import Lit, loader
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_lora import LoRACallback
-from lightning_lora.callbacks.guards import check_strategy
+from lightning_lora.callbacks.guards import check_launcher, check_strategy
 
 
 class OwnFSDP(FSDPStrategy):
@@ -27,13 +26,11 @@ def test_a_sharded_strategy_of_lightning_is_refused_by_name_with_the_one_to_use(
         check_strategy(cls.__new__(cls))
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork"])
-def test_processes_that_would_keep_the_adapters_are_refused(start_method):
-    trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy=DDPStrategy(start_method=start_method), logger=False, barebones=True
-    )
-    with pytest.raises(ValueError, match="the adapters would stay there: use strategy='ddp'"):
-        LoRACallback().setup(trainer, Lit(), "fit")
+@pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_fork_find_unused_parameters_true"])
+def test_processes_that_would_keep_the_adapters_are_refused(name, trainer):
+    run = trainer(strategy=name, devices=2)
+    with pytest.raises(ValueError, match=r"stay there: use strategy='ddp', or in a notebook call inject\(model, LoRA"):
+        check_launcher(run.strategy)
 
 
 def test_the_plain_strategy_is_not(trainer):

@@ -16,7 +16,7 @@ trap what goes wrong                                   what meets it
 08   frozen parameters stay in the groups              ``place`` drops them
 09   frozen BatchNorm drifts                           ``hold_still``; buffers that change are saved
 10   the adapters' dropout is off over an eval base    ``LoRACallback`` puts the adapters into training mode
-11   spawned processes keep the adapters               ``check_strategy``
+11   spawned processes keep the adapters               ``check_launcher``
 12   ``load_from_checkpoint(strict=False)``            a marker in the file, which names our loader
 13   adapters on another base                          the base's fingerprint
 14   weights-only saves skip callback hooks            the base is dropped in the outermost ``CheckpointIO``
@@ -69,7 +69,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import AdapterError, LoRA, LoRACallback, inject, load_from_checkpoint, merge_, merged, sites, using
 from lightning_lora.callbacks.audit import Buffers
-from lightning_lora.callbacks.guards import check_connected, check_strategy
+from lightning_lora.callbacks.guards import check_connected, check_launcher, check_strategy
 from lightning_lora.checkpoints import AdapterCheckpointIO
 from lightning_lora.gradient_stops import why_no_gradient
 from lightning_lora.methods.lora import LoRAAdapter
@@ -450,10 +450,11 @@ def test_trap_10_the_adapters_dropout_is_off_over_a_base_in_eval_mode(trainer: A
 
 def test_trap_11_adapters_trained_in_a_process_of_their_own_stay_there(processes: Any) -> None:
     assert processes["forked"]["sites"] == 0, "the module that fit was called with"
-    assert "the adapters would stay there: use strategy='ddp'" in processes["forked"]["message"]
+    assert "injected there would stay there: use strategy='ddp'" in processes["forked"]["message"]
+    assert processes["forked"]["came_back"] == [True] * 4, "of adapters that were injected before"
     run = L.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", barebones=True)
-    with pytest.raises(ValueError, match="the adapters would stay there: use strategy='ddp'"):
-        check_strategy(run.strategy)
+    with pytest.raises(ValueError, match="injected there would stay there: use strategy='ddp'"):
+        check_launcher(run.strategy)
 
 
 @pytest.fixture

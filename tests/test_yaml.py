@@ -9,14 +9,15 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import AdapterEMA, LoRACallback, sites
+from lightning_lora import AdapterEMA, LoRACallback, PreemptionCheckpoint, sites
 
 # Lightning 2.6's CLI calls two functions that newer jsonargparse deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 ROOT = Path(__file__).parent.parent
 CALLBACKS = sorted(ROOT.glob("callbacks/*.yaml"))
 BESIDE = ROOT / "callbacks/ema.yaml"  # adapts nothing itself
-METHODS = [path for path in CALLBACKS if path != BESIDE]
+LEAVING = ROOT / "callbacks/preemption.yaml"  # nor does this
+METHODS = [path for path in CALLBACKS if path not in (BESIDE, LEAVING)]
 AVERAGED = [path for path in METHODS if path.stem not in ("lora_drop", "relora")]  # which say that they cannot be
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
@@ -89,6 +90,17 @@ def test_the_average_goes_with_each_of_them_that_can_be_averaged(callback, tmp_p
     )
 
 
+def test_the_checkpoint_of_a_job_that_has_to_go_comes_with_one_more_fragment(tmp_path):
+    cli = command_line(
+        f"--trainer.callbacks+={ROOT / 'callbacks/lora.yaml'}",
+        f"--trainer.callbacks+={LEAVING}",
+        f"--trainer.callbacks.dirpath={tmp_path}",
+        folder=tmp_path,
+    )
+    [leaving] = [one for one in cli.trainer.callbacks if isinstance(one, PreemptionCheckpoint)]
+    assert leaving.ckpt_path == f"{tmp_path}/preempted.ckpt"
+
+
 @pytest.mark.parametrize("callback", CALLBACKS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_any_pair_parses_and_round_trips(callback, config, tmp_path):
@@ -114,6 +126,15 @@ def test_fields_of_the_callback_and_its_method_are_set_behind_it(tmp_path):
     [callback] = [one for one in cli.trainer.callbacks if isinstance(one, LoRACallback)]
     assert callback.method.r == 3
     assert callback.modules_to_save == ["net.2"]
+
+
+def test_our_strategies_options_are_set_in_a_config(tmp_path):
+    strategy = "lightning_lora.strategies.ddp.LoRADDPStrategy"
+    arguments = [f"--trainer.strategy={strategy}", "--trainer.strategy.broadcast_base=false"]
+    arguments += ["--trainer.strategy.process_group_backend=gloo", "--trainer.accelerator=cpu"]
+    chosen = command_line(*arguments, folder=tmp_path).trainer.strategy
+    assert not chosen.broadcast_base
+    assert chosen.process_group_backend == "gloo"
 
 
 def test_short_names_are_known_once_the_library_is_imported(tmp_path):

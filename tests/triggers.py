@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import Lit, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -26,6 +30,7 @@ from lightning_lora import (
     LoRACallback,
     LoRADrop,
     Method,
+    PreemptionCheckpoint,
     inject,
     merged,
     recommend_targets,
@@ -34,12 +39,14 @@ from lightning_lora import (
     sites,
 )
 from lightning_lora.callbacks.audit import Audit
+from lightning_lora.callbacks.preemption import _requeue
 from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.derived_groups import split
 from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
 from lightning_lora.sharing import share
+from lightning_lora.strategies.ddp import check_alike
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FIRST = "base_model.model.first."  # PEFT's name of the first layer of Net
@@ -156,6 +163,43 @@ def checkpoint(module: Any = None, **options: Any) -> str:
 
 def resume(path: str, **options: Any) -> None:
     trainer(LoRACallback(LoRA(r=2), **options), max_epochs=2).fit(Lit(), loader(1), ckpt_path=path)
+
+
+class Goes(L.Callback):
+    """Sends this process a signal in the first batch."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leave(*callbacks: L.Callback) -> None:
+    """Fit with PreemptionCheckpoint, and give what it says as a warning."""
+
+    def said(text: str) -> None:
+        raise UserWarning(text)
+
+    run = trainer(LoRACallback(LoRA(r=2)), PreemptionCheckpoint("."), *callbacks, enable_checkpointing=True)
+    with warnings.catch_warnings(), mock.patch("lightning_lora.callbacks.preemption.rank_zero_info", said):
+        warnings.filterwarnings("ignore", ".*no last checkpoint available")
+        run.fit(Lit(), loader(1), ckpt_path="last")
+
+
+def leaving() -> None:
+    leave(ModelCheckpoint("others"), Goes())
+
+
+def requeue() -> None:
+    with mock.patch.dict(os.environ, {"PATH": "", "SLURM_JOB_ID": "4217"}):
+        _requeue()
+
+
+def beside(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Compare checksums with those that another rank would send."""
+    sent: list[Tensor] = []
+    with mock.patch.object(dist, "all_reduce", lambda tensor, op: sent.append(tensor.clone())):
+        check_alike(theirs, torch.device("cpu"))
+    with mock.patch.object(dist, "all_reduce", lambda tensor, op: tensor.copy_(tensor.maximum(sent.pop(0)))):
+        check_alike(ours, torch.device("cpu"))
 
 
 def while_merged(act: Callable[[Any], object], model: Any = None) -> None:
@@ -422,7 +466,7 @@ def clip_weights() -> None:
 
 
 def strategy(name: str, launcher: str = "") -> object:
-    """A strategy as `check_strategy` sees it: by the names of its class and of its launcher's."""
+    """A strategy as `check_strategy` and `check_launcher` see it: by the names of its class and of its launcher's."""
     return type(name, (), {"launcher": type(launcher, (), {})()})()
 
 

@@ -232,22 +232,34 @@ def without_dropout(model: nn.Module, found: list[Site]) -> list[str]:
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuse strategies with which adapters could not be saved, or would be missing after the run.
+    """Refuse strategies with which adapters could not be saved.
 
     Args:
         strategy: The Trainer's; told by class names, because two packages have classes of these names.
 
     Raises:
-        ValueError: If it shards the model, or trains in processes that this one starts and forgets.
+        ValueError: If it shards the model as adapters cannot be.
     """
     kinds = {cls.__name__ for cls in type(strategy).__mro__}
     for stock, (reason, ours) in _SHARDING.items():
         if stock in kinds and not isinstance(strategy, ReplicatesAdapters):
             raise ValueError(f"strategy={type(strategy).__name__}: {reason}: use strategy='{ours}'")
+
+
+def check_launcher(strategy: object) -> None:
+    """Refuse to inject where the process that called ``fit`` would not get the adapters.
+
+    Args:
+        strategy: The Trainer's.
+
+    Raises:
+        ValueError: If it trains in processes that this one starts, and takes back what the module here has a place for.
+    """
     if "_MultiProcessingLauncher" in {cls.__name__ for cls in type(getattr(strategy, "launcher", None)).__mro__}:
         raise ValueError(
-            f"strategy={type(strategy).__name__} trains in spawned or forked processes, and the adapters would stay "
-            "there: use strategy='ddp'"
+            f"strategy={type(strategy).__name__} trains in spawned or forked processes, and adapters that are injected "
+            "there would stay there: use strategy='ddp', or in a notebook call inject(model, LoRA(...)) with the same "
+            "method and targets before trainer.fit"
         )
 
 

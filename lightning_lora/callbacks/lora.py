@@ -31,6 +31,7 @@ from lightning_lora.callbacks.dropping import check_droppable, drop_if_due, keep
 from lightning_lora.callbacks.guards import (
     check_base_untied,
     check_connected,
+    check_launcher,
     check_present,
     check_strategy,
     check_unwrapped,
@@ -173,6 +174,7 @@ class LoRACallback(Callback):
         restructured = restructures(pl_module, self.method, TASK)  # an earlier run chose ranks and places
         self._found = sites(pl_module, TASK) if restructured or wrapped else self._injected(trainer, pl_module)
         if len(self._found) > known:
+            check_launcher(trainer.strategy)
             tied = tied_to_frozen(pl_module)
             if tied is not None:
                 rank_zero_warn(tied)
