@@ -223,8 +223,8 @@ def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
     divided = next((site.name for site in found if is_sharded(site.weight) or is_flattened(site.weight)), None)
     if divided is not None:
         raise RuntimeError(
-            f"cannot merge into {divided}: each process holds a part of it: save the adapters and merge in one process, "
-            "with `lightning-lora merge` or load_from_checkpoint(..., merge=True)"
+            f"cannot merge into {divided}: each process holds a part of it: save the adapters and merge in one "
+            "process, with `lightning-lora merge` or load_from_checkpoint(..., merge=True)"
         )
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules():

@@ -26,7 +26,11 @@ class Replacements:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.before = {clean(name): ref(parameter) for name, parameter in module.named_parameters()}
+        self.before = {
+            clean(name): ref(parameter)
+            for name, parameter in module.named_parameters()
+            if type(parameter) is nn.Parameter  # PyTorch cannot move subclasses that are referred to weakly
+        }
 
     def put_in(self, optimizers: Iterable[Optimizer]) -> None:
         """Put the parameters that the module has now where optimizers hold those of the same names.
