@@ -146,6 +146,7 @@ def _forward(
     if dropout:
         rows, mask = torch.native_dropout(rows, dropout, True)
     z = rows.mm(_cast(down, x).t())
+    del rows  # what dropout left is not needed any longer
     if weight is not None:
         output = F.linear(x, _cast(weight, x), bias if bias is None else _cast(bias, x))
         output.view(-1, output.shape[-1]).addmm_(z, _cast(up, x).t(), alpha=scaling)
@@ -198,6 +199,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
     x, weight, up, down, z, mask = ctx.saved_tensors
     for_x, for_base, _, for_bias, for_up, for_down, *_ = ctx.needs_input_grad
     grad_x = grad_bias = grad_up = grad_down = None
+    kept = 1 / (1 - ctx.dropout)
     u = grad_z  # the gradient of z, (n, r)
     if grad is not None:
         rows = grad.reshape(-1, grad.shape[-1])
@@ -212,19 +214,17 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
         if weight is not None:
             grad_x = rows.mm(_cast(weight, rows))
     if u is not None and for_x:
-        if mask is not None:
-            term = _undropped(u.mm(_cast(down, u)), mask, ctx.dropout)
-            grad_x = term if grad_x is None else grad_x.add_(term)
-        elif grad_x is None:
-            grad_x = u.mm(_cast(down, u))
-        else:
+        if grad_x is None:
+            grad_x = u.new_zeros(u.shape[0], ctx.shape[-1])
+        if mask is None:
             grad_x.addmm_(u, _cast(down, u))
+        else:
+            grad_x.addcmul_(u.mm(_cast(down, u)), mask, value=kept)
         grad_x = grad_x.view(ctx.shape)
     if u is not None and for_down:
         rows = x.reshape(-1, x.shape[-1])
-        if mask is not None:
-            rows = _undropped(rows, mask, ctx.dropout)
-        grad_down = u.t().mm(rows).to(ctx.factor_dtypes[1])
+        grad_down = u.t().mm(rows) if mask is None else _product(u.t(), rows * mask, kept)
+        grad_down = grad_down.to(ctx.factor_dtypes[1])
     return grad_x, grad if for_base else None, None, grad_bias, grad_up, grad_down, None, None
 
 
@@ -232,6 +232,3 @@ def _product(one: Tensor, other: Tensor, scaling: float) -> Tensor:
     """Return ``scaling * one @ other`` in one launch; what lay in the memory before is not read."""
     return one.new_empty(one.shape[0], other.shape[1]).addmm_(one, other, beta=0, alpha=scaling)
 
-
-def _undropped(values: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    return torch.ops.aten.native_dropout_backward(values, mask, 1 / (1 - dropout))  # type: ignore[no-any-return]
