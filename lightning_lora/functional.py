@@ -66,7 +66,26 @@ def fused_linear(
         dropout: Probability with which an element of the low-rank term's input is zeroed.
     """
     dtype = computed_in(x)
-    return _applied(x if x.dtype == dtype else x.to(dtype), None, weight, bias, up, down, scaling, dropout)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    # a parameter is there anyway and cast when needed; what was computed from some would be kept in full for that
+    up, down = (factor if factor.is_leaf else _cast(factor, x) for factor in (up, down))
+    return _applied(x, None, weight, bias, up, down, scaling, dropout)
+
+
+def with_gain(output: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``output + excess * (output - bias)``: a gain of ``1 + excess`` on all but the bias.
+
+    Where the excess is 0 this is the output, bit for bit. Only the output is kept for the backward pass.
+
+    Args:
+        output: A linear layer's (..., out).
+        excess: One value for each output unit (out,).
+        bias: The layer's (out,).
+    """
+    if torch.is_grad_enabled():
+        return _Gain.apply(output, excess, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _gain(output, excess, bias)
 
 
 def step_fuses(y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -117,7 +136,7 @@ def _eager(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and are_ordinary(*tensors)
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and x.dtype in _FUSED_IN
@@ -194,6 +213,35 @@ class _LowRankStep(torch.autograd.Function):
         return _backward(ctx, grad, grad_z)
 
 
+def _gain(output: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
+    factor = _cast(excess, output)
+    changed = torch.addcmul(output, output, factor)
+    return changed if bias is None else changed.sub_(factor * _cast(bias, output))
+
+
+class _Gain(torch.autograd.Function):
+    """``with_gain``."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, excess: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(output if ctx.needs_input_grad[1] else None, excess, bias)
+        return _gain(output, excess, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, excess, bias = ctx.saved_tensors
+        over = tuple(range(grad.dim() - 1))
+        grad_excess = grad_bias = None
+        summed = None if bias is None else grad.sum(over, dtype=bias.dtype)
+        if ctx.needs_input_grad[1]:  # in half precision a product may round and a sum may not
+            grad_excess = (grad * output).sum(over, dtype=excess.dtype)
+            if bias is not None:
+                grad_excess = grad_excess - bias * summed
+        if ctx.needs_input_grad[2]:
+            grad_bias = -excess * summed
+        return torch.addcmul(grad, grad, _cast(excess, grad)), grad_excess, grad_bias
+
+
 def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``_forward``'s arguments."""
     x, weight, up, down, z, mask = ctx.saved_tensors
@@ -231,4 +279,3 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
 def _product(one: Tensor, other: Tensor, scaling: float) -> Tensor:
     """Return ``scaling * one @ other`` in one launch; what lay in the memory before is not read."""
     return one.new_empty(one.shape[0], other.shape[1]).addmm_(one, other, beta=0, alpha=scaling)
-

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.adapter import Adapter
-from lightning_lora.functional import are_ordinary, fused_linear, fused_step, linear_fuses, low_rank_step, step_fuses
+from lightning_lora.functional import (
+    are_ordinary,
+    fused_linear,
+    fused_step,
+    linear_fuses,
+    low_rank_step,
+    step_fuses,
+    with_gain,
+)
 from lightning_lora.layers.seam import Called, plain_class
 from lightning_lora.layout import Layout
 from lightning_lora.sites import slots_of
@@ -63,7 +71,8 @@ class AdaptedLinear(Called):
             x = args[0] if args else next(iter(kwargs.values()))
             weight, bias = self.multiplies_by(self), _own(self, "bias")
             if weight is not None and linear_fuses(x, weight, bias):
-                return adapter(_with_base, x, weight, bias)
+                whole: Tensor = adapter(_with_base, x, weight, bias)
+                return whole
         return super().forward(*args, **kwargs)
 
     @staticmethod
@@ -134,20 +143,25 @@ def _own(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def _only_adapter(layer: nn.Module) -> Adapter | None:
-    """Return the adapter in use if it is the only one and its whole change is low-rank."""
+    """Return the adapter in use if it is the only one, changes the whole weight and has nothing to do before."""
     slots = slots_of(layer)
     if len(slots) != 1:
         return None
     (slot,) = slots.values()
-    adapters = slot.in_use() if slot.layout.rows is None else []
-    if len(adapters) != 1 or not adapters[0].low_rank or adapters[0].needs_weight or adapters[0].waits_for_weight:
+    adapters = slot.in_use()
+    if len(adapters) != 1 or slot.layout.rows is not None:
         return None
-    return adapters[0]
+    (adapter,) = adapters
+    inputs_change = adapter.needs_weight and (slot.layout.looked_up or adapter.drops())  # on inputs, or on W x too
+    return None if inputs_change or not adapter.low_rank or adapter.waits_for_weight else adapter
 
 
 def _with_base(adapter: Adapter, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return what the layer and its adapter give together."""
     up, down = adapter.factors()
+    gain = adapter.gain(weight) if adapter.needs_weight else None
     if are_ordinary(up, down):
-        return fused_linear(x, weight, bias, up, down, adapter.scaling, adapter.drops())
-    return low_rank_step(F.linear(x, weight, bias), adapter.dropped(x), up, down, adapter.scaling)
+        output = fused_linear(x, weight, bias, up, down, adapter.scaling, adapter.drops())
+    else:
+        output = low_rank_step(F.linear(x, weight, bias), adapter.dropped(x), up, down, adapter.scaling)
+    return output if gain is None else with_gain(output, gain.squeeze(-1) - 1, bias)
