@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 _FUSED_ON = ("cpu", "cuda", "xpu", "mps")
 _FUSED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ORDINARY = (Tensor, nn.Parameter)  # no subclasses, which have rules of their own
+_FEWEST_ROWS = 64  # below, a node that Python differentiates costs more than it saves
+_FEWEST_ROWS_FOR_CASTS = 1024  # below, casting a weight in both passes costs more than it saves
 
 
 def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
@@ -92,7 +94,8 @@ def step_fuses(y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> bool:
     """Tell whether ``fused_step`` can be taken.
 
     It cannot where something has to see every operation (torch.compile, export, tracing, torch.func, forward-mode
-    differentiation), nor for tensors with rules of their own (distributed, packed or traced ones).
+    differentiation), nor for tensors with rules of their own (distributed, packed or traced ones), and it is not for
+    few rows, where the plain form is faster.
 
     Args:
         y: The base layer's output.
@@ -100,21 +103,33 @@ def step_fuses(y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> bool:
         up: (out, r).
         down: (r, in).
     """
+    if x.numel() < _FEWEST_ROWS * down.shape[-1]:
+        return False
     return _eager(x, y, up, down) and x.dtype == y.dtype == computed_in(x) and x.shape[:-1] == y.shape[:-1]
 
 
 def linear_fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Tell whether ``fused_linear`` can be taken: as for ``step_fuses``, and the weight has to be frozen.
 
+    A weight that autocast casts is cast again in the backward pass instead of being kept twice, which takes more rows.
+
     Args:
         x: The input.
         weight: The layer's (out, in).
         bias: The layer's (out,).
     """
-    if not _eager(x, weight) or weight.requires_grad or not (bias is None or are_ordinary(bias)):
+    rows = x.numel() // max(1, weight.shape[-1])
+    if (
+        rows < _FEWEST_ROWS
+        or not _eager(x, weight)
+        or weight.requires_grad
+        or (bias is not None and not are_ordinary(bias))
+    ):
         return False
     if torch.is_autocast_enabled(x.device.type):
-        return torch.float64 not in (x.dtype, weight.dtype)  # which autocast leaves as it is
+        cast = weight.dtype != torch.get_autocast_dtype(x.device.type)
+        wide = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves as it is
+        return not wide and not (cast and rows < _FEWEST_ROWS_FOR_CASTS)
     return x.dtype == weight.dtype and (bias is None or x.dtype == bias.dtype)
 
 
@@ -161,19 +176,21 @@ def _forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the output, ``x @ down.T`` (n, r), and the mask (n, in) of what dropout left of ``x``."""
-    rows, mask = x.reshape(-1, x.shape[-1]), None
-    if dropout:
-        rows, mask = torch.native_dropout(rows, dropout, True)
-    z = rows.mm(_cast(down, x).t())
-    del rows  # what dropout left is not needed any longer
     if weight is not None:
         output = F.linear(x, _cast(weight, x), bias if bias is None else _cast(bias, x))
-        output.view(-1, output.shape[-1]).addmm_(z, _cast(up, x).t(), alpha=scaling)
+        if output._is_view():  # of what nobody else has; autograd lets nobody write to a view that a function returned
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        flat = base_rows = output.view(-1, output.shape[-1])
     else:
         assert base is not None
         output = torch.empty_like(base, memory_format=torch.contiguous_format)
         flat = output.view(-1, output.shape[-1])
-        torch.addmm(base.reshape(flat.shape), z, _cast(up, x).t(), alpha=scaling, out=flat)
+        base_rows = base.reshape(flat.shape)
+    rows, mask = x.reshape(-1, x.shape[-1]), None
+    if dropout:
+        rows, mask = torch.native_dropout(rows, dropout, True)
+    z = rows.mm(_cast(down, x).t())
+    torch.addmm(base_rows, z, _cast(up, x).t(), alpha=scaling, out=flat)
     return output, z, mask
 
 
@@ -262,12 +279,13 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
         if weight is not None:
             grad_x = rows.mm(_cast(weight, rows))
     if u is not None and for_x:
-        if grad_x is None:
-            grad_x = u.new_zeros(u.shape[0], ctx.shape[-1])
-        if mask is None:
-            grad_x.addmm_(u, _cast(down, u))
+        if mask is not None:
+            term = u.mm(_cast(down, u))
+            grad_x = term.mul_(mask).mul_(kept) if grad_x is None else grad_x.addcmul_(term, mask, value=kept)
+        elif grad_x is None:
+            grad_x = u.mm(_cast(down, u))
         else:
-            grad_x.addcmul_(u.mm(_cast(down, u)), mask, value=kept)
+            grad_x.addmm_(u, _cast(down, u))
         grad_x = grad_x.view(ctx.shape)
     if u is not None and for_down:
         rows = x.reshape(-1, x.shape[-1])
