@@ -23,7 +23,8 @@ _FEWEST_ROWS_FOR_CASTS = 1024  # below, casting a weight in both passes costs mo
 def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
     """Return ``y + scaling * (x @ down.T) @ up.T`` in the dtype of ``y``: the plain form.
 
-    The small factors are cast to the dtype of ``x``, never ``x`` to theirs.
+    The small factors are cast to the dtype of ``x``, not ``x`` to theirs, but for few rows on a CPU, where products in
+    half precision cost more than such a cast.
 
     Args:
         y: The base layer's output (..., out).
@@ -32,6 +33,8 @@ def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float
         down: (r, in).
         scaling: The factor on the low-rank term.
     """
+    if not torch.compiler.is_compiling() and x.is_cpu and x.numel() < _FEWEST_ROWS * down.shape[-1]:
+        x = x.to(torch.promote_types(x.dtype, down.dtype))
     z = F.linear(x, down.to(x.dtype))
     return torch.add(y, F.linear(z, up.to(z.dtype)).to(y.dtype), alpha=scaling)
 
