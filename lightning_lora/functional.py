@@ -252,13 +252,13 @@ class _Gain(torch.autograd.Function):
         output, excess, bias = ctx.saved_tensors
         over = tuple(range(grad.dim() - 1))
         grad_excess = grad_bias = None
-        summed = None if bias is None else grad.sum(over, dtype=bias.dtype)
+        summed = None if bias is None else grad.sum(over, dtype=excess.dtype)
         if ctx.needs_input_grad[1]:  # in half precision a product may round and a sum may not
             grad_excess = (grad * output).sum(over, dtype=excess.dtype)
             if bias is not None:
                 grad_excess = grad_excess - bias * summed
         if ctx.needs_input_grad[2]:
-            grad_bias = -excess * summed
+            grad_bias = (-excess * summed).to(bias.dtype)
         return torch.addcmul(grad, grad, _cast(excess, grad)), grad_excess, grad_bias
 
 

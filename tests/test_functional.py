@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -584,6 +585,19 @@ def test_a_trained_bias_beside_a_frozen_weight_gets_its_gradient(form: Callable[
         form("plain")
         torch.testing.assert_close(ours, results(model, draw(N, IN)), rtol=0, atol=1e-12)
         assert ours["0.bias"].any()
+
+
+class Shifted(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return values + 1
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_what_a_parametrization_computes_is_computed(parameter: str) -> None:
+    model, x = adapted(LoRA(r=2)), draw(N, IN)
+    term = model(x) - F.linear(x, model[0].weight, model[0].bias)
+    parametrize.register_parametrization(model[0], parameter, Shifted())
+    torch.testing.assert_close(model(x), F.linear(x, model[0].weight, model[0].bias) + term, rtol=0, atol=1e-12)
 
 
 def test_a_backward_inside_autocast_stays_in_the_precision_of_the_forward() -> None:

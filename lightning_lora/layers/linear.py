@@ -70,7 +70,7 @@ class AdaptedLinear(Called):
         if adapter is not None and len(args) + len(kwargs) == 1:
             x = args[0] if args else next(iter(kwargs.values()))
             weight, bias = self.multiplies_by(self), _own(self, "bias")
-            if weight is not None and linear_fuses(x, weight, bias):
+            if weight is not None and (bias is not None or self.bias is None) and linear_fuses(x, weight, bias):
                 whole: Tensor = adapter(_with_base, x, weight, bias)
                 return whole
         return super().forward(*args, **kwargs)
