@@ -66,13 +66,14 @@ class AdaptedLinear(Called):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the plain layer and its one adapter as one operation where that can be, else one after the other."""
-        adapter = _only_adapter(self)
-        if adapter is not None and len(args) + len(kwargs) == 1:
+        if len(args) + len(kwargs) == 1:
             x = args[0] if args else next(iter(kwargs.values()))
             weight, bias = self.multiplies_by(self), _own(self, "bias")
-            if weight is not None and (bias is not None or self.bias is None) and linear_fuses(x, weight, bias):
-                whole: Tensor = adapter(_with_base, x, weight, bias)
-                return whole
+            if weight is not None and linear_fuses(x, weight, bias) and (bias is not None or self.bias is None):
+                adapter = _only_adapter(self)
+                if adapter is not None:
+                    whole: Tensor = adapter(_with_base, x, weight, bias)
+                    return whole
         return super().forward(*args, **kwargs)
 
     @staticmethod
