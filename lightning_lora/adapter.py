@@ -110,7 +110,11 @@ class Adapter(nn.Module):
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return ``x`` after the adapter's dropout; an index passes."""
-        return F.dropout(x, self.dropout) if self.dropout and self.training and x.is_floating_point() else x
+        return F.dropout(x, self.dropout) if self.drops() and x.is_floating_point() else x
+
+    def drops(self) -> float:
+        """Return the probability with which an element of the input is zeroed now."""
+        return self.dropout if self.training else 0.0
 
     def forward(self, compute: Callable[..., T], *args: object) -> T:
         """Run ``compute(self, *args)`` as this module's forward.

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.functional import low_rank_step
+from lightning_lora.adapter import Adapter
+from lightning_lora.functional import (
+    are_ordinary,
+    fused_linear,
+    fused_step,
+    linear_fuses,
+    low_rank_step,
+    step_fuses,
+    with_gain,
+)
 from lightning_lora.layers.seam import Called, plain_class
 from lightning_lora.layout import Layout
+from lightning_lora.sites import slots_of
 
 _CLOSE = 1e-2  # relative; rounding in half precision stays below, masks and scales do not
 
@@ -54,10 +64,35 @@ class AdaptedLinear(Called):
         finally:
             module.training = mode
 
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the plain layer and its one adapter as one operation where that can be, else one after the other."""
+        if len(args) + len(kwargs) == 1:
+            x = args[0] if args else next(iter(kwargs.values()))
+            weight, bias = self.multiplies_by(self), _own(self, "bias")
+            if weight is not None and linear_fuses(x, weight, bias) and (bias is not None or self.bias is None):
+                adapter = _only_adapter(self)
+                if adapter is not None:
+                    whole: Tensor = adapter(_with_base, x, weight, bias)
+                    return whole
+        return super().forward(*args, **kwargs)
+
+    @staticmethod
+    def multiplies_by(layer: nn.Module) -> Tensor | None:
+        """Return the (out, in) matrix if the plain forward is nothing but a product with it and the bias."""
+        return _own(layer, "weight") if plain_class(layer).forward is nn.Linear.forward else None
+
     @staticmethod
     def step(layer: nn.Module, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
         """Return the output plus the low-rank step."""
-        return low_rank_step(output, x, up, down, scaling)
+        return (fused_step if step_fuses(output, x, up, down) else low_rank_step)(output, x, up, down, scaling)
+
+    @staticmethod
+    def add(layer: nn.Module, adapter: Adapter, output: Tensor, input: Tensor) -> Tensor:
+        """Return the output plus the low-rank step, which keeps a mask of the dropout and not what it left."""
+        up, down = adapter.factors()
+        if step_fuses(output, input, up, down):
+            return fused_step(output, input, up, down, adapter.scaling, adapter.drops())
+        return low_rank_step(output, adapter.dropped(input), up, down, adapter.scaling)
 
     @staticmethod
     def product(layer: nn.Module, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
@@ -81,6 +116,12 @@ class AdaptedConv1D(AdaptedLinear):
         return plain_class(module).__name__ == "Conv1D"
 
     @staticmethod
+    def multiplies_by(layer: nn.Module) -> Tensor | None:
+        """Return the (out, in) matrix: layers with another forward are not of this kind."""
+        weight = _own(layer, "weight")
+        return weight if weight is None else weight.mT
+
+    @staticmethod
     def layout(module: nn.Module, parameter: str) -> Layout:
         """Return the layout of an (in, out) weight."""
         return Layout(transposed=True)
@@ -94,3 +135,34 @@ class AdaptedConv1D(AdaptedLinear):
     def size(module: nn.Module, parameter: str) -> tuple[int, ...]:
         """Return (in, out)."""
         return tuple(getattr(module, parameter).shape)
+
+
+def _own(layer: nn.Module, name: str) -> Tensor | None:
+    """Return a tensor that the layer has, and does not compute; FSDP puts it in the instance's dictionary."""
+    own: Tensor | None = layer.__dict__.get(name, layer._parameters.get(name))
+    return own
+
+
+def _only_adapter(layer: nn.Module) -> Adapter | None:
+    """Return the adapter in use if it is the only one, changes the whole weight and has nothing to do before."""
+    slots = slots_of(layer)
+    if len(slots) != 1:
+        return None
+    (slot,) = slots.values()
+    adapters = slot.in_use()
+    if len(adapters) != 1 or slot.layout.rows is not None:
+        return None
+    (adapter,) = adapters
+    inputs_change = adapter.needs_weight and (slot.layout.looked_up or adapter.drops())  # on inputs, or on W x too
+    return None if inputs_change or not adapter.low_rank or adapter.waits_for_weight else adapter
+
+
+def _with_base(adapter: Adapter, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what the layer and its adapter give together."""
+    up, down = adapter.factors()
+    gain = adapter.gain(weight) if adapter.needs_weight else None
+    if are_ordinary(up, down):
+        output = fused_linear(x, weight, bias, up, down, adapter.scaling, adapter.drops())
+    else:
+        output = low_rank_step(F.linear(x, weight, bias), adapter.dropped(x), up, down, adapter.scaling)
+    return output if gain is None else with_gain(output, gain.squeeze(-1) - 1, bias)

@@ -87,6 +87,18 @@ class Called(AdaptedLayer):
         raise NotImplementedError
 
     @staticmethod
+    def add(layer: Called, adapter: Adapter, output: Tensor, input: Tensor) -> Tensor:
+        """Return the output plus what an adapter adds to it whose whole change is low-rank.
+
+        Args:
+            layer: The layer.
+            adapter: The adapter.
+            output: What the layer gave, or those of its units that are changed.
+            input: What the layer was given.
+        """
+        return layer.step(layer, output, adapter.dropped(input), *adapter.factors(), adapter.scaling)
+
+    @staticmethod
     def product(layer: nn.Module, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
         """Return what the layer would give with another weight and without a bias.
 
@@ -143,7 +155,7 @@ class Called(AdaptedLayer):
 def _low_rank(adapter: Adapter, layer: Called, slot: Slot, output: Tensor, input: Tensor) -> Tensor:
     if adapter.waits_for_weight:
         adapter.start(slot.layout.matrix(dense_weight(layer, slot.parameter)))
-    return layer.step(layer, output, adapter.dropped(input), *adapter.factors(), adapter.scaling)
+    return layer.add(layer, adapter, output, input)
 
 
 def _with_gain(adapter: Adapter, layer: Called, slot: Slot, output: Tensor, input: Tensor) -> Tensor:

@@ -131,7 +131,9 @@ class WithMagnitude(Adapter):
         gain = torch.where(self.magnitude == 0, 1.0, ratio)
         if self.layout.looked_up:
             return gain.unsqueeze(-2)
-        return gain.repeat_interleave(self.layout.kernel, -1).unsqueeze(-1)
+        if self.layout.kernel > 1:
+            gain = gain.repeat_interleave(self.layout.kernel, -1)
+        return gain.unsqueeze(-1)
 
     def norm(self, weight: Tensor) -> Tensor:
         """Return the norm of each output unit of ``weight + scaling * up @ down``, in the shape of the magnitudes.
@@ -155,7 +157,7 @@ class WithMagnitude(Adapter):
                 torch.linalg.vector_norm((some @ down).add_(part), dim=-1, dtype=widest)
                 for part, some in zip(torch.split(weight, rows, -2), torch.split(up, rows, -2), strict=True)
             ]
-            per_row = torch.cat(norms, -1)
+            per_row = norms[0] if len(norms) == 1 else torch.cat(norms, -1)
         if self.layout.kernel > 1:
             per_row = torch.linalg.vector_norm(per_row.reshape(*per_row.shape[:-1], -1, self.layout.kernel), dim=-1)
         return per_row.to(self.magnitude.dtype)

@@ -148,8 +148,8 @@ class LoRA(Method):
         found = []
         if self.freeze_A and self.dropout:
             found.append(
-                f"dropout={self.dropout:g}: with dropout the adapter keeps its whole input for the backward pass, so a "
-                "frozen A saves no memory: use dropout=0"
+                f"dropout={self.dropout:g}: with dropout the adapter keeps a mask of its whole input for the backward "
+                "pass, or that input, so a frozen A saves less memory, or none: use dropout=0"
             )
         if lr_ratio != 1 and (self.keeps_start or self.init == "orthogonal"):
             found.append(
