@@ -14,7 +14,7 @@ test: .venv/dev.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 .venv/torch.done: constraints.txt
 	$(PYTHON) -m venv .venv
