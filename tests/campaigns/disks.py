@@ -50,7 +50,7 @@ def measure(writer: Writer, place: Path) -> tuple[str, str]:
     """
     where = place / "run"
     where.mkdir()
-    before, tempfile.tempdir = tempfile.tempdir, "/dev/shm" if writer.elsewhere else None
+    before, tempfile.tempdir = tempfile.tempdir, "/dev/shm" if writer.elsewhere else str(place)
     said = "nothing"
     try:
         writer.write(where, 1)
