@@ -4,7 +4,7 @@ METHOD ?= lora
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test campaigns clean
 
 demo: .venv/demo.done
 	$(BIN)/python examples/debian_sections/demo.py $(METHOD) --seed $(SEED)
@@ -15,6 +15,9 @@ test: .venv/dev.done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+campaigns: .venv/dev.done
+	$(BIN)/python tests/campaigns/run.py --long
 
 .venv/torch.done: constraints.txt
 	$(PYTHON) -m venv .venv

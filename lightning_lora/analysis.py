@@ -11,7 +11,7 @@ from lightning_lora.adapter import Adapter
 
 
 class ThinSVD(NamedTuple):
-    """Singular vectors and values of ``up @ down``, largest first, without the adapter's scaling.
+    """Singular vectors and values of ``up @ down``, largest first, without an adapter's scaling.
 
     Attributes:
         left: (out, r), or (n, out, r) for a stack.
@@ -28,15 +28,24 @@ class ThinSVD(NamedTuple):
 def thin_svd(adapter: Adapter) -> ThinSVD:
     """Return the singular value decomposition of an adapter's product, without forming the (out, in) matrix.
 
-    With ``up = Q R`` and ``down.T = P S`` it is that of the small ``R @ S.T``, turned by Q and P.
-
     Args:
         adapter: Any adapter of rank r.
 
     Returns:
         At most r values for each matrix, in float64.
     """
-    up, down = (factor.double() for factor in adapter.factors())
+    return product_svd(*(factor.double() for factor in adapter.factors()))
+
+
+def product_svd(up: Tensor, down: Tensor) -> ThinSVD:
+    """Return the singular value decomposition of ``up @ down`` without forming it.
+
+    With ``up = Q R`` and ``down.T = P S`` it is that of the small ``R @ S.T``, turned by Q and P.
+
+    Args:
+        up: (out, r), or (n, out, r) for a stack.
+        down: (r, in), or (n, r, in).
+    """
     (left, left_triangle), (right, right_triangle) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
     u, values, v = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
     return ThinSVD(left @ u, values, v @ right.mT)

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.description import base_weights, describe
-from lightning_lora.files import SECTION, AdapterError, some, write_file, write_folder
-from lightning_lora.loading import adopt, check_same, restructure
+from lightning_lora.files import SECTION, AdapterError, some
+from lightning_lora.loading import adopt
 from lightning_lora.merge import check_not_merged, merge_
-from lightning_lora.saving import folder_contents
+from lightning_lora.resuming import Mismatch, check_same, read_whole, refit, restructure
+from lightning_lora.saving import check_finite, folder_contents
 from lightning_lora.sites import clean, named_submodules, sites
 from lightning_lora.state import base_entries, mark_trained_in_full, own_entries, trained_in_full
+from lightning_lora.whole_files import sweep, write_file, write_folder
 
 MARKER = "only adapters are in this file, read it with lightning_lora.load_from_checkpoint or with LoRACallback"
 TASK = "default"
@@ -53,21 +55,45 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         checkpoint_io: The writer that the strategy had.
         module: The adapted module.
         allow_base_mismatch: Resume on another base than the one trained on.
+        resume_mismatch: What to do with adapters that are configured otherwise than those of a checkpoint.
+        keep_going: Warn of a save that failed, and remove nothing until one succeeds.
     """
 
-    def __init__(self, checkpoint_io: Any, module: nn.Module, allow_base_mismatch: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint_io: Any,
+        module: nn.Module,
+        allow_base_mismatch: bool = False,
+        resume_mismatch: Mismatch = "error",
+        keep_going: bool = False,
+    ) -> None:
         super().__init__(_atomic(checkpoint_io))
         self.module = module
         self.allow_base_mismatch = allow_base_mismatch
+        self.resume_mismatch = resume_mismatch
+        self.keep_going = keep_going
+        self._failed = False
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write our entries of a checkpoint, then the adapter folder of the same name.
 
         Raises:
-            AdapterError: If the module keeps trained entries out of its state dict.
+            AdapterError: If the module keeps trained entries out of its state dict, or they are not finite.
             RuntimeError: If the adapters are merged.
+            OSError: If it could not be written, unless that is to be a warning.
         """
+        try:
+            self._save(checkpoint, path, storage_options)
+        except OSError as error:
+            if not self.keep_going:
+                raise
+            rank_zero_warn(f"{error}; training goes on, and no checkpoint is removed until one is written")
+            self._failed = True
+        else:
+            self._failed = False
+
+    def _save(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None) -> None:
         state = checkpoint.get("state_dict")
         if state is None:  # no checkpoint of Lightning's, such as what spawned processes send back
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -81,6 +107,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
                 f"{path}: not written, because state_dict() of {type(self.module).__name__} leaves out "
                 f"{some(absent)}: do not override it, the base is kept out of checkpoints without that"
             )
+        check_finite(self.module, own_state, path)
         slim = _without(
             checkpoint, {name: None if name in own_state else _shape(value) for name, value in state.items()}
         )
@@ -105,9 +132,14 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         """Read a checkpoint and check that it belongs to this model.
 
         Raises:
-            AdapterError: If it holds no adapters, others than this run's, or was trained on another base.
+            AdapterError: If it is damaged, holds no adapters, others than this run's, or was trained on another base.
         """
-        checkpoint = super().load_checkpoint(path, *args, **kwargs)
+        if kwargs.get("weights_only", True) is None:
+            kwargs["weights_only"] = True  # Lightning would run the code in a pickle from the web
+        if not is_remote(path):
+            sweep(Path(path).parent)
+        inner = super().load_checkpoint
+        checkpoint = read_whole(path, lambda: inner(path, *args, **kwargs))
         section = checkpoint.get(SECTION)
         if section is None:
             raise AdapterError(
@@ -115,13 +147,23 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
                 "builds its base, and start without ckpt_path"
             )
         restructure(self.module, section, path)
-        check_same(self.module, section, path, allow_base_mismatch=self.allow_base_mismatch)
-        checkpoint["state_dict"] = own_state(self.module, checkpoint["state_dict"], path)
+        allow = self.allow_base_mismatch
+        if self.resume_mismatch == "error":
+            check_same(self.module, section, path, allow_base_mismatch=allow)
+            checkpoint["state_dict"] = own_state(self.module, checkpoint["state_dict"], path)
+        else:
+            checkpoint["state_dict"].pop(MARKER, None)
+            resize = self.resume_mismatch == "resize"
+            doubt = refit(self.module, section, checkpoint, path, resize=resize, allow_base_mismatch=allow)
+            if doubt is not None:
+                rank_zero_warn(doubt)
         return checkpoint
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint and its adapter folder; one that is still being written goes when it is there."""
+        if self._failed:
+            return
         folder = adapter_folder(path)
         if not os.path.islink(path) and not is_remote(path):
             shutil.rmtree(folder, ignore_errors=True)
@@ -239,13 +281,15 @@ def load_from_checkpoint(
     Raises:
         AdapterError: If the file holds no adapters, or they do not fit the model.
     """
+    if kwargs.get("weights_only") is None:
+        kwargs["weights_only"] = True  # Lightning would run the code in a pickle from the web
+    options = {"map_location": kwargs.get("map_location"), "weights_only": kwargs["weights_only"]}
+    checkpoint = read_whole(checkpoint_path, lambda: TorchCheckpointIO().load_checkpoint(checkpoint_path, **options))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are")  # the base is loaded first, adapters below
         model = cls.load_from_checkpoint(checkpoint_path, strict=False, **kwargs)
     if setup_stage is not None:
         model.setup(setup_stage)
-    options = {"map_location": kwargs.get("map_location"), "weights_only": kwargs.get("weights_only")}
-    checkpoint = TorchCheckpointIO().load_checkpoint(checkpoint_path, **options)
     if SECTION not in checkpoint:
         raise AdapterError(
             f"{checkpoint_path} was not written with LoRACallback: use {cls.__name__}.load_from_checkpoint instead"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -17,22 +18,25 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapter import Adapter, Role
 from lightning_lora.method import Method
-from lightning_lora.sites import sites
+from lightning_lora.sites import clean, sites
 
 PARENT = "lora_parent"
 ROLE = "lora_role"
 RATIO = "lora_ratio"
 INDEX = "lora_index"  # where the parameters stood in the parent, so that a split can be undone
 _PLAN = "lora_plan"
+NAMES = "lora_names"  # in a saved state: the names of the parameters of each group
+PARTIAL = "lora_partial"  # in a saved state: it need not be of the same parameters
 _SCALED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 _OWN = ("params", "param_names", "name", PARENT, ROLE, RATIO, INDEX, *_SCALED)
 LR_EMBEDDING = 1e-6  # of LoRA+'s released code
 
 
 class _Plan(NamedTuple):
-    """How the derived groups of an optimizer differ from their parents."""
+    """How the derived groups of an optimizer differ from their parents, and the model that has the parameters."""
 
     weight_decay: Mapping[str, float]
+    model: nn.Module
 
 
 def roles(model: nn.Module) -> dict[Tensor, Role]:
@@ -125,7 +129,7 @@ def split(
         ValueError: If the optimizer cannot have several groups.
     """
     check_ratio(lr_ratio)
-    plan = _Plan(weight_decays(role_weight_decay, official_grouping))
+    plan = _Plan(weight_decays(role_weight_decay, official_grouping), model)
     special = {*plan.weight_decay, *(("B",) if lr_ratio != 1 else ()), *(("embedding",) if official_grouping else ())}
     has_hooks = hasattr(optimizer, "register_step_pre_hook")
     one_group = isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__name__ == "ZeroRedundancyOptimizer"
@@ -153,6 +157,7 @@ def split(
     _divide(optimizer.param_groups, layout)
     if has_hooks and not hasattr(optimizer, _PLAN):
         optimizer.register_step_pre_hook(_follow)
+        optimizer.register_state_dict_post_hook(_name)
         optimizer.register_load_state_dict_pre_hook(_relayout)
         optimizer.register_load_state_dict_post_hook(_follow)
     setattr(optimizer, _PLAN, plan)
@@ -235,27 +240,65 @@ def join_groups(groups: list[dict[str, Any]]) -> None:
             groups[parent]["param_names"].insert(i, group["param_names"][place])
 
 
+def _names(optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> list[list[str]] | None:
+    """Return the clean names of the parameters of each group; None if the model does not have them all."""
+    plan: _Plan = getattr(optimizer, _PLAN)
+    name_of = {parameter: clean(name) for name, parameter in plan.model.named_parameters()}
+    names = [[name_of.get(parameter) for parameter in group["params"]] for group in groups]
+    return None if any(name is None for group in names for name in group) else names  # type: ignore[return-value]
+
+
+def _name(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Write into a state whose it is: the order of parameters may be another one where it is loaded."""
+    names = _names(optimizer, optimizer.param_groups)
+    if names is not None:
+        state[NAMES] = names
+
+
 def _relayout(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Give a saved state the groups of this optimizer: it may have been split by another ratio, or not at all.
+    """Give a saved state the groups of this optimizer, which may have been split by another ratio, or not at all.
+
+    Parameters are found by their names; in a state without names they are taken in order.
 
     Raises:
         ValueError: If they are other groups altogether; torch itself would compare the split groups, which may be as
             many and as large by chance, and give moments to the wrong parameters.
     """
     groups = [dict(group, params=list(group["params"])) for group in state["param_groups"]]
+    numbers = [number for group in groups for number in group["params"]]
+    name_of = dict(zip(numbers, (name for names in state.get(NAMES, []) for name in names), strict=False))
     join_groups(groups)
-    layout = [group for group in optimizer.param_groups if PARENT in group]
-    sizes = [len(group["params"]) for group in optimizer.param_groups if PARENT not in group]
-    for group in layout:
-        sizes[group[PARENT]] += len(group["params"])
-    saved = [len(group["params"]) for group in groups]
-    if sizes != saved:
+    own = [dict(group, params=list(group["params"])) for group in optimizer.param_groups]
+    join_groups(own)
+    sizes, saved = [len(group["params"]) for group in own], [len(group["params"]) for group in groups]
+    if len(sizes) != len(saved) or (sizes != saved and PARTIAL not in state):
         raise ValueError(
             f"the saved state of {type(optimizer).__name__} has groups of {saved} parameters, but this run's "
             f"configure_optimizers made groups of {sizes}: build the groups that the checkpoint was written with"
         )
+    names = _names(optimizer, own)
+    if names is not None and name_of:
+        number_of = {name: number for number, name in name_of.items()}
+        if PARTIAL not in state:
+            _check_names(optimizer, names, [[name_of[number] for number in group["params"]] for group in groups])
+        fresh = count(max(numbers, default=-1) + 1)
+        for group, wanted in zip(groups, names, strict=True):
+            group["params"] = [number_of[name] if name in number_of else next(fresh) for name in wanted]
+            group.pop("param_names", None)
+    layout = [group for group in optimizer.param_groups if PARENT in group]
     _divide(groups, [{key: group[key] for key in ("name", PARENT, ROLE, RATIO, INDEX)} for group in layout])
     return {**state, "param_groups": groups}
+
+
+def _check_names(optimizer: Optimizer, ours: list[list[str]], theirs: list[list[str]]) -> None:
+    """Raise ``ValueError`` unless each group has the parameters that it was saved with, in whatever order."""
+    for own, saved in zip(ours, theirs, strict=True):
+        if set(own) != set(saved):
+            missing, extra = (sorted(set(one) - set(other))[0] for one, other in ((own, saved), (saved, own)))
+            raise ValueError(
+                f"the saved state of {type(optimizer).__name__} holds {extra} in a group where this run's "
+                f"configure_optimizers has {missing}: build the groups that the checkpoint was written with"
+            )
 
 
 def keep(group: dict[str, Any], indices: list[int]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import SHARED
 from lightning_lora.files import SCHEMA, AdapterError
+from lightning_lora.inject import check_task_name
 from lightning_lora.layers import kind_of
 from lightning_lora.layers.seam import AdaptedLayer
 from lightning_lora.layout import Layout, whole_number
@@ -116,7 +117,7 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
             raise AdapterError(
                 f"{path}: its description says {values!r} of {name}, which no save writes: save it again"
             )
-    if not all(isinstance(name, str) for name in described["trained_in_full"]):
+    if not _are_names(described["trained_in_full"]):
         raise AdapterError(
             f"{path}: field 'trained_in_full' of its description is {described['trained_in_full']!r}, where a list of "
             "names is expected"
@@ -125,27 +126,43 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
         raise AdapterError(
             f"{path}: field 'shared' of its description is {described['shared']!r}, where an object is expected"
         )
+    save = described.get("save", {"files": []})
+    if not isinstance(save, dict) or not _are_names(save.get("files")):
+        raise AdapterError(
+            f"{path}: field 'save' of its description is {save!r}, where an object with the names of files is expected"
+        )
     if not isinstance(described.get("not_for_peft"), str | None):
         raise AdapterError(
             f"{path}: field 'not_for_peft' of its description is {described['not_for_peft']!r}, where a sentence is "
             "expected"
         )
+    try:
+        check_task_name(described["task"])
+    except ValueError as error:
+        raise AdapterError(f"{path}: {error}") from None
     methods_of(described, path)
     layouts_of(described, path)
 
 
 def _is_site(values: Mapping[str, Any], among: Mapping[str, Any]) -> bool:
     """Tell whether what a description says of a site is in order, but for its layout and its method."""
-    base, form, size, level = (values.get(field) for field in ("base", "form", "size", "level"))
+    base, size = values.get("base"), values.get("size")
+    form, level = values.get("form", "linear"), values.get("level", 0)
     names = [values.get("tied", []), values.get("tied_to", [])]
     return (
         isinstance(base, str | None)
         and ("shares" not in values or _is_first(values, among))
-        and (form is None or (isinstance(form, str) and form in FORMS))
-        and (level is None or (whole_number(level) and 0 <= level < len(among)))
+        and isinstance(form, str)
+        and form in FORMS
+        and whole_number(level)
+        and 0 <= level < len(among)
         and (size is None or (isinstance(size, list) and all(whole_number(n) and 0 <= n < _LONGEST for n in size)))
-        and all(isinstance(some, list) and all(isinstance(name, str) for name in some) for some in names)
+        and all(map(_are_names, names))
     )
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _is_first(values: Mapping[str, Any], among: Mapping[str, Any]) -> bool:

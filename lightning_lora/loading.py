@@ -21,15 +21,15 @@ from lightning_lora.description import (
     shares_of,
     tied_of,
 )
-from lightning_lora.files import AdapterError, read_tensors, some
+from lightning_lora.files import AdapterError, some
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
-from lightning_lora.inject import check_task_name, insert, remove, restructures
+from lightning_lora.inject import check_task_name, insert
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
-from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
+from lightning_lora.reading import AdapterFile, read_adapters
 from lightning_lora.saving import OUTSIDE
 from lightning_lora.shared_tensors import join_shared, part_shared
-from lightning_lora.sharing import shares, tie
+from lightning_lora.sharing import tie
 from lightning_lora.sites import Site, join, named_submodules, sites
 from lightning_lora.state import mark_trained_in_full
 
@@ -66,10 +66,10 @@ def load_adapter(
     entries: dict[str, Tensor] = {}
     firsts: dict[str, str] = {}
     bare = False
-    for folder in adapter_folders(path):
-        file = read_adapter(folder)
-        root = locate(file, available)
-        file = file.with_order(root, available)
+    files, outside = read_adapters(path)
+    for one in files:
+        root = locate(one, available)
+        file = one.with_order(root, available)
         bare |= bool(file.root) and not root
         chosen = [
             _described(
@@ -90,8 +90,9 @@ def load_adapter(
         weights = {name: one.site.weight for name, one in zip(file.methods, chosen, strict=True)}
         entries |= {join(root, name): value for name, value in fit_full_values(file, weights).items()}
     modules = named_submodules(model)
-    if (path / OUTSIDE).exists() and not bare:
-        entries |= read_tensors(path / OUTSIDE)[0]
+    if outside is None and not bare:
+        raise AdapterError(f"{path}: {OUTSIDE} is missing: copy it too, or load into the network alone")
+    entries |= (outside or {}) if not bare else {}
     for name, value in entries.items():
         _check_fits(modules, name, value, path)
     try:
@@ -154,58 +155,6 @@ def adopt(
             )
         mark_trained_in_full(modules[module], [entry])
     return sites(model, described["task"])
-
-
-def restructure(model: nn.Module, described: Mapping[str, Any], path: object) -> None:
-    """Give adapters the structure that training had given those of a checkpoint, where the method changes it.
-
-    Args:
-        model: The adapted model; with adapters of another method it stays as it is.
-        described: The checkpoint's own section.
-        path: For messages.
-    """
-    check_description(described, path)
-    task = described["task"]
-    theirs = methods_of(described, path)
-    ours = {site.name: site.adapter(task).method for site in sites(model, task)}
-    if ours == theirs and shares(model, task) == shares_of(described):
-        return
-    if restructures(model, next(iter(theirs.values())), task):
-        remove(model, task)
-        adopt(model, described, path, allow_base_mismatch=True)
-
-
-def check_same(
-    model: nn.Module, described: Mapping[str, Any], path: object, *, allow_base_mismatch: bool = False
-) -> None:
-    """Raise ``AdapterError`` unless a checkpoint's description fits the adapters that the model has.
-
-    Args:
-        model: The adapted model.
-        described: The checkpoint's own section.
-        path: For the message.
-        allow_base_mismatch: Leave the base's fingerprint out.
-    """
-    check_description(described, path)
-    theirs = methods_of(described, path)
-    task = described["task"]
-    ours = {site.name: site.adapter(task).method for site in sites(model, task)}
-    missing, extra = [n for n in theirs if n not in ours], [n for n in ours if n not in theirs]
-    if missing or extra:
-        raise AdapterError(
-            f"{path}: it adapts other matrices than this run: only in the checkpoint: {some(missing) or 'none'}; "
-            f"only here: {some(extra) or 'none'}. Use the target_modules that it was trained with"
-        )
-    for name, method in theirs.items():
-        if method != ours[name]:
-            raise AdapterError(
-                f"{path}: {name} was trained with {method}, but this run has {ours[name]}: give method, rank_pattern "
-                "and alpha_pattern as they were"
-            )
-    if not allow_base_mismatch:
-        found = sites(model, task)
-        check_base(path, found, [described["sites"][site.name].get("base") for site in found])
-    redrawn(described, path)
 
 
 def locate(file: AdapterFile, available: Iterable[str]) -> str:

@@ -17,18 +17,19 @@ from lightning_lora import peft_format
 from lightning_lora.adapter import Adapter
 from lightning_lora.analysis import effective_rank, singular_values
 from lightning_lora.description import digest
-from lightning_lora.files import AdapterError, read_tensors, some, write_folder
+from lightning_lora.files import AdapterError, read_json, read_tensors, some
 from lightning_lora.fitting import fit_full_values, fit_to_weights
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole
 from lightning_lora.peft_format import NO_METHOD, ONE_RANK, PARTS
 from lightning_lora.peft_layers import LINEAR_FORMS, EmbeddingForm, Form
 from lightning_lora.quantized import format_of
-from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter
+from lightning_lora.reading import AdapterFile, adapter_folders, read_adapter, read_adapters
 from lightning_lora.report import shape_of
 from lightning_lora.saving import CONFIG, OUTSIDE, WEIGHTS
 from lightning_lora.sites import join
 from lightning_lora.weight_files import aliases, read_weights, target_files, turned, weight_files, write_weights
+from lightning_lora.whole_files import write_folder
 
 Base = dict[str, dict[str, Tensor]]  # the state dict that holds each weight, by the weight's name
 
@@ -93,8 +94,7 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
         AdapterError: If the base has not all that the adapters change, or is another base.
         FileExistsError: If the result would replace a file.
     """
-    files = [read_adapter(folder) for folder in adapter_folders(adapter)]
-    outside = read_tensors(adapter / OUTSIDE)[0] if (adapter / OUTSIDE).exists() else {}
+    files, outside = read_adapters(adapter)
     sources = weight_files(into)
     targets = target_files(into, sources, out)
     loaded = {source: read_weights(source) for source in sources}
@@ -102,6 +102,11 @@ def merge(adapter: Path, into: Path, out: Path, *, allow_base_mismatch: bool = F
     tied = {key: others for state, _ in loaded.values() for key, others in aliases(state).items()}
     try:
         fitted = [_fitted(file, base, allow_base_mismatch) for file in files]
+        if outside is None and not any(file.root and not root for root, file in fitted):
+            raise AdapterError(
+                f"{adapter}: {OUTSIDE} is missing: copy it too, or merge into the network's weights alone"
+            )
+        outside = outside or {}
         for root, file in fitted:
             weights = {name: base[key][key] for name in file.methods for key in [join(root, whole(name))]}
             outside |= {join(root, name): value for name, value in fit_full_values(file, weights).items()}
@@ -265,7 +270,7 @@ def export(adapter: Path, out: Path) -> list[str]:
     if len(folders) > 1:
         raise AdapterError(f"{adapter} holds {len(folders)} networks: export one of {', '.join(map(str, folders))}")
     file = read_adapter(folders[0])
-    fields = json.loads((folders[0] / CONFIG).read_bytes())
+    fields = read_json(folders[0] / CONFIG)
     reasons = [] if file.not_for_peft is None else file.not_for_peft.split("; ")
     if not all(reason.startswith((NO_METHOD, PARTS, ONE_RANK)) for reason in reasons):
         raise AdapterError(f"{adapter} has no portable form: {file.not_for_peft}; merge it into the base instead")

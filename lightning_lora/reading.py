@@ -11,12 +11,14 @@ from torch import Tensor
 from lightning_lora import peft_format, peft_reading
 from lightning_lora.adapter import Adapter, stored_factors
 from lightning_lora.description import check_description, layouts_of, methods_of, redrawn, shares_of, sizes_of, tied_of
-from lightning_lora.files import AdapterError, parse_json, read_tensors
+from lightning_lora.files import AdapterError, read_json, read_tensors, some
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.peft_layers import FORMS, Form, ParameterForm, Stored
-from lightning_lora.saving import CONFIG, WEIGHTS
+from lightning_lora.saving import CONFIG, OUTSIDE, SAVE, WEIGHTS
 from lightning_lora.sites import join
+
+_TRIES = 100
 
 
 class AdapterFile(NamedTuple):
@@ -38,6 +40,7 @@ class AdapterFile(NamedTuple):
         tensors: Everything in the weights file, by the names that they have there.
         not_for_peft: Why PEFT cannot express the adapters; None where it can.
         fan_in_fan_out: Whether PEFT's config says that linear layers' weights lie as (in, out).
+        save: A digest of the save, and its files, where there were several; empty if not.
     """
 
     path: Path
@@ -55,6 +58,7 @@ class AdapterFile(NamedTuple):
     tensors: dict[str, Tensor]
     not_for_peft: str | None
     fan_in_fan_out: bool
+    save: Mapping[str, Any]
 
     def has(self, site: str, name: str) -> bool:
         """Tell whether the file holds a factor of a site."""
@@ -150,6 +154,52 @@ def adapter_folders(path: Path) -> list[Path]:
     return inner
 
 
+def read_adapters(path: Path) -> tuple[list[AdapterFile], dict[str, Tensor] | None]:
+    """Read everything in an adapter folder, all of it of one save, also while another process replaces the folder.
+
+    Returns:
+        Each network's adapters; and what was trained in full outside of them, None if it was not copied along.
+
+    Raises:
+        AdapterError: If a file is missing, damaged, or says what cannot be.
+    """
+    for _ in range(_TRIES):
+        before = _identity(path)
+        try:
+            return _read_all(path)
+        except AdapterError:
+            if _identity(path) == before:
+                raise
+    return _read_all(path)
+
+
+def _read_all(path: Path) -> tuple[list[AdapterFile], dict[str, Tensor] | None]:
+    try:
+        files = [read_adapter(folder) for folder in adapter_folders(path)]
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
+    outside: dict[str, Tensor] = {}
+    saves = [file.save for file in files]
+    if (path / OUTSIDE).exists():
+        outside, described = read_tensors(path / OUTSIDE)
+        saves.append((described or {}).get(SAVE) or {})
+    if any(save != saves[0] for save in saves):
+        raise AdapterError(f"{path}: its files are of different saves: copy or save the folder again")
+    present = {(file.path / WEIGHTS).relative_to(path).as_posix() for file in files}
+    missing = set(saves[0].get("files", [])) - present if present <= set(saves[0].get("files", [])) else set()
+    if missing - {OUTSIDE}:  # where a part of the folder was asked for, nothing is
+        raise AdapterError(f"{path}: {some(sorted(missing - {OUTSIDE}))} is missing: copy or save the folder again")
+    return files, None if missing and not outside else outside
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
 def read_adapter(folder: Path) -> AdapterFile:
     """Read one network's folder, written by this library or by PEFT.
 
@@ -162,7 +212,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         if not config.is_file():
             raise AdapterError(f"{folder}: no {CONFIG} beside {WEIGHTS}: copy it there, it says r and alpha")
         tensors = peft_reading.without_copies(tensors)
-        fields = parse_json(config.read_bytes(), config)
+        fields = read_json(config)
         tensors = peft_reading.with_masked_triplets(fields, tensors, folder)
         methods, stored = peft_reading.read_sites(fields, tensors, folder)
         return AdapterFile(
@@ -181,6 +231,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             tensors=tensors,
             not_for_peft=None,
             fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
+            save={},
         )
     check_description(described, folder)
     stored, full = _places(described)
@@ -204,6 +255,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         tensors=tensors,
         not_for_peft=described.get("not_for_peft"),
         fan_in_fan_out=False,
+        save=described.get(SAVE) or {},
     )
 
 

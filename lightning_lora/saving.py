@@ -6,23 +6,28 @@ The safetensors file is the truth: its header carries the method, the sites, a f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora import peft_format
 from lightning_lora.adapter import stored_factors
 from lightning_lora.description import base_weights, describe
-from lightning_lora.files import SCHEMA, to_bytes, write_folder
+from lightning_lora.files import SCHEMA, AdapterError, some, to_bytes
 from lightning_lora.merge import check_not_merged
 from lightning_lora.sites import BaseWeight, Site, clean, join, named_submodules, relative, sites, tied_names
 from lightning_lora.state import own_entries, trained_in_full
+from lightning_lora.whole_files import write_folder
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 OUTSIDE = "trained_in_full.safetensors"
+SAVE = "save"  # the field that all files of one folder have alike, where there are several
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "default") -> None:
@@ -40,6 +45,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "de
         ValueError: If the model has no such task.
         RuntimeError: If the adapters are merged.
         FileExistsError: If the folder holds files that are no adapter's, which would be lost.
+        AdapterError: If the adapters, or what is trained in full, are not finite.
     """
     check_not_merged(model, "save")
     for _, _, files in os.walk(path):
@@ -48,7 +54,25 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "de
             raise FileExistsError(f"{path} holds other files, such as {others[0]}: give the adapter its own folder")
     ours = own_entries(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
+    check_finite(model, state, path)
     write_folder(path, folder_contents(model, state, task, base_weights(sites(model, task))))
+
+
+def check_finite(model: nn.Module, state: Mapping[str, Tensor], path: object) -> None:
+    """Raise ``AdapterError`` if trained parameters are not finite: such a save would take the place of a good one.
+
+    Args:
+        model: The adapted model.
+        state: Our entries of its state dict, or of a checkpoint's. Its buffers may hold anything.
+        path: For the message.
+    """
+    trained = {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    broken = [name for name, value in state.items() if clean(name) in trained and not bool(torch.isfinite(value).all())]
+    if broken:
+        raise AdapterError(
+            f"{path}: not written, because {len(broken)} trained parameters are not finite: {some(broken)}. The run "
+            "diverged: go on from the last save, with a lower learning rate or gradient_clip_val"
+        )
 
 
 def folder_contents(
@@ -72,18 +96,26 @@ def folder_contents(
         raise ValueError(f"task={task!r}: the model has no adapter of that name to save; it has {known}")
     full = {name for name in trained_in_full(model) if name in state}
     roots = _roots(model, [site.name for site in found])
-    contents: dict[str, bytes] = {}
+    files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+    configs: dict[str, bytes] = {}
     for root in sorted(set(roots.values())):
         inside = {site.name: site for site in found if roots[site.name] == root}
         full_inside = {relative(name, root) for name in full if _innermost(name, roots.values()) == root}
-        contents |= _network_files(model, root, inside, full_inside, state, task, bases, len(set(roots.values())) > 1)
+        folder = f"{root or '_'}/" if len(set(roots.values())) > 1 else ""
+        config, tensors, described = _network(model, root, inside, full_inside, state, task, bases)
+        configs[folder + CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode()
+        files[folder + WEIGHTS] = tensors, described
     outside = {name: state[name] for name in full if _innermost(name, roots.values()) is None}
     if outside:
-        contents[OUTSIDE] = to_bytes(outside, {"schema": SCHEMA, "task": task, "trained_in_full": sorted(outside)})
-    return contents
+        files[OUTSIDE] = outside, {"schema": SCHEMA, "task": task, "trained_in_full": sorted(outside)}
+    if len(files) > 1:
+        every = hashlib.sha256(b"".join(to_bytes(*files[name]) for name in sorted(files))).hexdigest()[:16]
+        save = {"digest": every, "files": sorted(files)}
+        files = {name: (tensors, described | {SAVE: save}) for name, (tensors, described) in files.items()}
+    return configs | {name: to_bytes(*file) for name, file in files.items()}
 
 
-def _network_files(
+def _network(
     model: nn.Module,
     root: str,
     inside: Mapping[str, Site],
@@ -91,8 +123,8 @@ def _network_files(
     state: Mapping[str, Tensor],
     task: str,
     bases: Mapping[str, BaseWeight],
-    several: bool,
-) -> dict[str, bytes]:
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Return one network's config for PEFT, its tensors and their description."""
     network = named_submodules(model)[root]
     described = describe(model, list(inside.values()), task, root, full, bases)
     found = {relative(name, root): site for name, site in inside.items()}
@@ -118,11 +150,7 @@ def _network_files(
             tensors[stored.key(factor)] = stored.form.stored(factor, tensor, size)
     for name, key in expressed.full.items():
         tensors[key] = state[join(root, name)]
-    folder = f"{root or '_'}/" if several else ""
-    return {
-        folder + WEIGHTS: to_bytes(tensors, described),
-        folder + CONFIG: json.dumps(expressed.config, indent=2, sort_keys=True).encode(),
-    }
+    return expressed.config, tensors, described
 
 
 def _roots(model: nn.Module, names: list[str]) -> dict[str, str]:

@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_lora.files import AdapterError, write_file
+from lightning_lora.files import AdapterError
+from lightning_lora.whole_files import write_file
 
 
 def weight_files(path: Path) -> list[Path]:

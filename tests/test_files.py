@@ -30,8 +30,9 @@ from lightning_lora import (
     sites,
 )
 from lightning_lora.description import digest
-from lightning_lora.files import SCHEMA, SECTION, _exchange, read_tensors, to_bytes, write_file, write_folder
+from lightning_lora.files import SCHEMA, SECTION, read_tensors, to_bytes
 from lightning_lora.state import trained_in_full
+from lightning_lora.whole_files import _exchange, write_file, write_folder
 
 WEIGHTS, CONFIG, OUTSIDE = "adapter_model.safetensors", "adapter_config.json", "trained_in_full.safetensors"
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -682,7 +683,7 @@ def test_the_old_folder_survives_an_error_while_writing(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("exchanges", [True, False], ids=["in one step", "where a swap is not possible"])
 def test_a_folder_is_replaced_as_a_whole(exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchanges:
-        monkeypatch.setattr("lightning_lora.files._exchange", lambda one, other: False)
+        monkeypatch.setattr("lightning_lora.whole_files._exchange", lambda one, other: False)
     path = tmp_path / "folder"
     write_folder(path, {"a": b"old", "sub/b": b"old"})
     write_folder(path, {"a": b"new", "c": b"new"})
@@ -696,16 +697,16 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
 ) -> None:
     path = tmp_path / "folder"
     write_folder(path, {"a": b"old"})
-    monkeypatch.setattr("lightning_lora.files._exchange", lambda one, other: False)
+    monkeypatch.setattr("lightning_lora.whole_files._exchange", lambda one, other: False)
     rename, moves = os.rename, []
 
-    def fail_second(source: Any, target: Any) -> None:
+    def fail_third(source: Any, target: Any) -> None:  # the first finds the old folder, the second moves it aside
         moves.append(target)
-        if len(moves) == 2:
+        if len(moves) == 3:
             raise OSError("no")
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", fail_second)
+    monkeypatch.setattr(os, "rename", fail_third)
     with pytest.raises(OSError, match="no"):
         write_folder(path, {"a": b"new"})
     assert (path / "a").read_bytes() == b"old"

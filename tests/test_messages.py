@@ -6,6 +6,7 @@ A message names the parameter or the place, the value found, what was expected, 
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -37,16 +38,21 @@ from triggers import (
     Stateful,
     Tied,
     adapted,
+    averaged_checkpoint,
     base,
     beside,
     by_peft,
     changed,
     changed_checkpoint,
     checkpoint,
+    checkpoint_without_names,
     clip_weights,
     damaged,
+    diverged,
+    fail,
     fit,
     fit_again_after_dropping,
+    flipped,
     full_checkpoint,
     gradient_in_parts,
     groups,
@@ -54,9 +60,11 @@ from triggers import (
     in_place,
     leave,
     leaving,
+    load_state_of_other_groups,
     merge_square,
     merge_tied,
     net,
+    of_two_saves,
     on_two_devices,
     over_trainable,
     packed,
@@ -80,6 +88,7 @@ from triggers import (
     while_merged,
     with_attribute,
     without_config,
+    without_file,
     without_matplotlib,
     written,
 )
@@ -124,7 +133,7 @@ from lightning_lora.callbacks.guards import (
 )
 from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.derived_groups import split
-from lightning_lora.files import parse_json, read_tensors, write_folder
+from lightning_lora.files import parse_json, read_json, read_tensors
 from lightning_lora.importance import importances
 from lightning_lora.input_statistics import InputStatistics, input_statistics
 from lightning_lora.layout import Layout
@@ -138,6 +147,7 @@ from lightning_lora.sharing import share
 from lightning_lora.strategies import LoRAFSDP2Strategy
 from lightning_lora.strategies.blocks import blocks_of
 from lightning_lora.strategies.ddp import LoRADDPStrategy
+from lightning_lora.whole_files import write_file, write_folder
 
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/lora", ValueError): {
@@ -564,12 +574,21 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: save_adapter(adapted(), "best.adapter", task="german")
         ),
     },
+    ("saving", AdapterError): {
+        "best.adapter: not written, because 1 trained parameters are not finite: first.adapters.weight.default.lora_A. "
+        "The run diverged: go on from the last save, with a lower learning rate or gradient_clip_val": (
+            lambda: save_adapter(diverged(adapted()), "best.adapter")
+        ),
+    },
     ("saving", FileExistsError): {
         "runs holds other files, such as notes.txt: give the adapter its own folder": (
             lambda: save_adapter(adapted(), written("runs/notes.txt").parent)
         ),
     },
     ("derived_groups", ValueError): {
+        "the saved state of SGD holds first.adapters.weight.default.lora_A in a group where this run's "
+        "configure_optimizers has second.adapters.weight.default.lora_A: build the groups that the checkpoint was "
+        "written with": lambda: load_state_of_other_groups(),
         "lr_ratio=16: LoRA-FA freezes A, so lr_B/lr_A has no denominator: raise lr instead": (
             lambda: LoRACallback(LoRAFA(), lr_ratio=16)
         ),
@@ -623,8 +642,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "most 16777216": (
             lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\xff" * 16).parent)
         ),
-        "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: Error while deserializing "
-        "header: invalid JSON in header: EOF while parsing a value at line 1 column 0": (
+        "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: Error while deserializing: "
+        "invalid JSON in header: EOF while parsing a value at line 1 column 0": (
             lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\x00" * 16).parent)
         ),
         "best.adapter/adapter_model.safetensors: base_model.model.first.lora_A.weight holds values that are not "
@@ -641,13 +660,25 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "best.adapter/adapter_config.json: holds a list where an object is expected": (
             lambda: parse_json("[]", "best.adapter/adapter_config.json")
         ),
+        "best.adapter/adapter_config.json: not an adapter's: it is longer than 16777216 bytes": (
+            lambda: read_json(written("best.adapter/adapter_config.json", b" " * (2**24 + 1)))
+        ),
+        "best.adapter: cannot be read: Too many levels of symbolic links": (
+            lambda: (Path("best.adapter").symlink_to("best.adapter"), read_json(Path("best.adapter")))
+        ),
     },
-    ("files", NotADirectoryError): {
+    ("whole_files", NotADirectoryError): {
         "best.ckpt is a file: give the name of a folder": lambda: save_adapter(adapted(), written("best.ckpt")),
     },
-    ("files", ValueError): {
+    ("whole_files", ValueError): {
         "'../notes' is no name inside the folder best.adapter: names are relative and without '..'": (
             lambda: write_folder("best.adapter", {"../notes": b""})
+        ),
+    },
+    ("whole_files", OSError): {
+        "[Errno 28] best.ckpt was not written, and what was there before is as it was: No space left on device "
+        "(... MiB are free in .): make room there": (
+            lambda: write_file("best.ckpt", lambda file: fail(OSError(28, "No space left on device")))
         ),
     },
     ("description", AdapterError): {
@@ -659,6 +690,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "best.adapter: its description says {'alpha': 4, 'base': 7, 'form': 'linear', 'r': 2, 'size': [8, 4]} of "
         "first.weight, which no save writes: save it again": lambda: load_adapter(net(), changed(site={"base": 7})),
+        "best.adapter: field 'save' of its description is 7, where an object with the names of files is expected": (
+            lambda: load_adapter(net(), changed(save=7))
+        ),
+        "best.adapter: task='../up': use 1 to 64 letters, digits, '_' or '-', and no attribute of a module, such as "
+        "task='german'": lambda: load_adapter(net(), changed(task="../up")),
         "best.adapter: layout: groups=0 is no field of a layout, or out of its range": (
             lambda: load_adapter(net(), changed(site={"layout": {"groups": 0}}))
         ),
@@ -720,6 +756,13 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("reading", AdapterError): {
+        "...: cannot be read: File name too long": lambda: load_adapter(net(), "a" * 300),
+        "best.adapter: its files are of different saves: copy or save the folder again": (
+            lambda: load_adapter(*of_two_saves())
+        ),
+        "best.adapter: teacher/adapter_model.safetensors is missing: copy or save the folder again": (
+            lambda: load_adapter(*without_file("teacher/adapter_model.safetensors"))
+        ),
         "best.ckpt is a file: give the adapter folder that holds adapter_model.safetensors": (
             lambda: load_adapter(net(), written("best.ckpt"))
         ),
@@ -764,6 +807,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "best.adapter: first.weight, second.weight is on the meta device: give the base its values, then load": (
             lambda: load_adapter(net().to("meta"), saved())
         ),
+        "best.adapter: trained_in_full.safetensors is missing: copy it too, or load into the network alone": (
+            lambda: load_adapter(*without_file("trained_in_full.safetensors"))
+        ),
         "best.adapter: it holds first.bias, which the model does not have": (
             lambda: load_adapter(net(first=nn.Linear(4, 8, bias=False)), changed(), allow_base_mismatch=True)
         ),
@@ -780,17 +826,35 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "LoRA(r=2, alpha=4, ...): call remove(model, 'default') first, or give another task name": (
             lambda: load_adapter((model := net(), inject(model, LoRA(r=4)))[0], saved())
         ),
-        "best.ckpt: it adapts other matrices than this run: only in the checkpoint: net.second.weight; only here: "
-        "none. Use the target_modules that it was trained with": (
-            lambda: resume(checkpoint(), exclude_modules=["second"])
-        ),
-        "best.ckpt: net.first.weight was trained with LoRA(r=2, alpha=16.0, ...), but "
-        "this run has LoRA(r=4, alpha=16.0, ...): give method, rank_pattern and "
-        "alpha_pattern as they were": lambda: resume(checkpoint(), rank_pattern={"first": 4}),
         "best.ckpt: it adapts net.first.weight, net.second.weight, which Bare does not have: build it as it was "
         "trained": lambda: load_from_checkpoint(Bare, checkpoint()),
         "best.ckpt: it holds head.bias, which Lit does not have: build it as it was trained": (
             lambda: load_from_checkpoint(Lit, changed_checkpoint(trained_in_full=["head.bias"]))
+        ),
+    },
+    ("resuming", AdapterError): {
+        "best.ckpt: it adapts other matrices than this run: only in the checkpoint: net.second.weight; only here: "
+        "none. Use the target_modules that it was trained with, or say resume_mismatch='reinit'": (
+            lambda: resume(checkpoint(), exclude_modules=["second"])
+        ),
+        "best.ckpt: net.first.weight was trained with LoRA(r=2, alpha=16.0, ...), but "
+        "this run has LoRA(r=4, alpha=16.0, ...): give method, rank_pattern and "
+        "alpha_pattern as they were, or say resume_mismatch='reinit' or 'resize'": (
+            lambda: resume(checkpoint(), rank_pattern={"first": 4})
+        ),
+        "pipe: no file: give a checkpoint": lambda: (os.mkfifo("pipe"), resume("pipe")),
+        "best.ckpt: damaged, or no checkpoint of plain values (EOFError): take another one": (
+            lambda: resume(str(written("best.ckpt")))
+        ),
+        "best.ckpt: the checksum of archive/data.pkl in it does not fit: it was changed or damaged after it was "
+        "written: take another one": lambda: resume(flipped(checkpoint(), 100)),
+        "best.ckpt was written with a moving average, which cannot be fitted to other adapters: leave out "
+        "resume_mismatch and give the configuration that it was written with": (
+            lambda: resume(averaged_checkpoint(), rank_pattern={"first": 4}, resume_mismatch="resize")
+        ),
+        "best.ckpt: the states of its optimizers carry no names, so they cannot be fitted to other parameters: "
+        "resume with the configuration that it was written with": (
+            lambda: resume(checkpoint_without_names(), rank_pattern={"first": 4}, resume_mismatch="resize")
         ),
     },
     ("fitting", AdapterError): {
@@ -837,6 +901,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "merged.pt exists: give another --out": lambda: merge(saved(), base(), written("merged.pt")),
     },
     ("offline", AdapterError): {
+        "base.pt: best.adapter: trained_in_full.safetensors is missing: copy it too, or merge into the network's "
+        "weights alone": lambda: (
+            parts := without_file("trained_in_full.safetensors"),
+            merge(parts[1], base(parts[0]), Path("merged.pt")),
+        ),
         "base.pt: first.weight is not what best.adapter was trained on: give that base, or --allow_base_mismatch": (
             lambda: merge(saved(), base(net(first=nn.Linear(4, 8))), Path("merged.pt"))
         ),
@@ -898,6 +967,13 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("checkpoints", UserWarning): {
+        "[Errno 17] file/best.ckpt was not written, and what was there before is as it was: File exists (... MiB are "
+        "free in file): give a folder that can be written to; training goes on, and no checkpoint is removed until "
+        "one is written": (lambda: (written("file"), fit(on_save_error="warn").save_checkpoint("file/best.ckpt"))),
+        "best.ckpt is of another configuration, so not all of its values are resumed: 2 start fresh "
+        "(net.first.adapters.weight.default.lora_A, net.first.adapters.weight.default.lora_B)": (
+            lambda: resume(checkpoint(), rank_pattern={"first": 4}, resume_mismatch="reinit")
+        ),
         "memory://best.ckpt is not a local file: its adapter folder is not written: call save_adapter(model, "
         "folder) for one": lambda: fit().save_checkpoint("memory://best.ckpt"),
     },
@@ -1025,6 +1101,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("callbacks/lora", ValueError): {
+        "resume_mismatch='skip': must be 'error', 'reinit' or 'resize'": (
+            lambda: LoRACallback(resume_mismatch="skip")  # type: ignore[arg-type]
+        ),
+        "on_save_error='skip': must be 'raise' or 'warn'": (
+            lambda: LoRACallback(on_save_error="skip")  # type: ignore[arg-type]
+        ),
         "method='lora': give a method, for example LoRACallback(LoRA(r=8))": (
             lambda: LoRACallback("lora")  # type: ignore[arg-type]
         ),

@@ -25,6 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from lightning_lora import (
+    AdapterEMA,
     DeltaLoRA,
     LoRA,
     LoRACallback,
@@ -410,6 +411,10 @@ def removed() -> Any:
     return site
 
 
+def fail(error: Exception) -> None:
+    raise error
+
+
 def damaged() -> Path:
     weights = saved() / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
@@ -455,6 +460,71 @@ def changed_checkpoint(**fields: Any) -> str:
     content["lightning_lora"] |= fields
     torch.save(content, "best.ckpt")
     return "best.ckpt"
+
+
+def flipped(path: str, place: int) -> str:
+    content = bytearray(Path(path).read_bytes())
+    content[place] ^= 1
+    Path(path).write_bytes(content)
+    return path
+
+
+def averaged_checkpoint() -> str:
+    fit(None, AdapterEMA(decay=0.9)).save_checkpoint("best.ckpt")
+    return "best.ckpt"
+
+
+def checkpoint_without_names() -> str:
+    content = torch.load(checkpoint())
+    del content["optimizer_states"][0]["lora_names"]
+    torch.save(content, "best.ckpt")
+    return "best.ckpt"
+
+
+def diverged(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.first.adapters["weight"]["default"].lora_A.fill_(torch.nan)
+    return model
+
+
+class Both(nn.Module):
+    """What a LightningModule with two networks and a head looks like from here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+        self.student, self.teacher = (Pretrained(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in "12")
+
+
+def both(path: str, r: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    model = Both()
+    inject(model, LoRA(r=r), ["student.0", "teacher.0"], modules_to_save=["head"], seed=0)
+    save_adapter(model, path)
+    torch.manual_seed(0)
+    return Both()
+
+
+def of_two_saves() -> tuple[nn.Module, Path]:
+    model = both("best.adapter")
+    both("other.adapter", r=1)
+    shutil.copytree("other.adapter/teacher", "best.adapter/teacher", dirs_exist_ok=True)
+    return model, Path("best.adapter")
+
+
+def without_file(name: str) -> tuple[nn.Module, Path]:
+    model = both("best.adapter")
+    Path("best.adapter", name).unlink()
+    return model, Path("best.adapter")
+
+
+def load_state_of_other_groups() -> None:
+    model = adapted()
+    orders = [[model.first, model.second], [model.second, model.first]]
+    one, other = (torch.optim.SGD([{"params": [*m.adapters.parameters()]} for m in order]) for order in orders)
+    split(model, one)
+    split(model, other)
+    other.load_state_dict(one.state_dict())
 
 
 def clip_weights() -> None:

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.callbacks.guards import check_frozen, some
 from lightning_lora.gradient_stops import gradient_stops
-from lightning_lora.sites import sites
+from lightning_lora.sites import Site, sites
 from lightning_lora.state import mark_trained_in_full
 
 _SAMPLE = 1024
@@ -32,9 +32,7 @@ class Audit:
         self._handles: list[RemovableHandle] = []
         self._factors: dict[str, str] = {}
         self._sharded: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
         for site in sites(model):
-            self._weights[site.name] = _sample(site.weight)
             in_use = {id(p) for task in site.slot.active for p in site.adapter(task).parameters()}
             for factor, parameter in site.slot.named_parameters():
                 if parameter.requires_grad and id(parameter) in in_use:
@@ -43,6 +41,7 @@ class Audit:
                     if hasattr(parameter, "device_mesh"):  # a DTensor
                         self._sharded[name] = parameter
                     self._handles.append(parameter.register_hook(self._note(name)))  # type: ignore[no-untyped-call]
+        self._frozen = FrozenWeights(model)
         self._buffers = Buffers(model)
 
     def _note(self, name: str):  # type: ignore[no-untyped-def]
@@ -72,7 +71,7 @@ class Audit:
         """
         self._check_gradients()
         check_frozen(self.model)
-        self._check_weights()
+        self._frozen.check("the first batch")
         self._buffers.mark_changed()
 
     def _check_gradients(self) -> None:
@@ -92,20 +91,40 @@ class Audit:
             "the module averages them from others: set LoRACallback(audit=False)"
         )
 
-    def _check_weights(self) -> None:
-        now = {site.name: _sample(site.weight) for site in sites(self.model) if site.slot.written_by is None}
-        written = [
-            name
-            for name, before in self._weights.items()
-            if name in now and now[name].shape == before.shape and not torch.equal(now[name], before)
-        ]
+
+class FrozenWeights:
+    """Notices changes of adapted weights that are frozen, and so in no checkpoint.
+
+    Args:
+        model: The adapted model, before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = {site.name: _sample(site.weight) for site in sites(model)}
+
+    def check(self, when: str) -> None:
+        """Compare with what the weights are now; those that were thawed since are in checkpoints.
+
+        Args:
+            when: For the message.
+
+        Raises:
+            RuntimeError: If one has other values than before.
+        """
+        written = [site.name for site in sites(self._model) if site.slot.written_by is None and self._differs(site)]
         if written:
             raise RuntimeError(
-                f"{len(written)} weights of the frozen base were changed during the first batch: {some(written)}. "
+                f"{len(written)} weights of the frozen base were changed during {when}: {some(written)}. "
                 "Checkpoints do not hold them, so the change would be lost. Something writes to parameters itself, "
                 "such as weight clipping: let it skip those that do not require a gradient, or train the module in "
                 f"full with modules_to_save={_outermost({_module_of(name) for name in written}, set())}"
             )
+
+    def _differs(self, site: Site) -> bool:
+        before, now = self._before.get(site.name), _sample(site.weight)
+        thawed = site.weight is not None and site.weight.requires_grad
+        return not thawed and before is not None and before.shape == now.shape and not torch.equal(before, now)
 
 
 class Buffers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapter import Role
-from lightning_lora.callbacks.audit import Audit
+from lightning_lora.callbacks.audit import Audit, FrozenWeights
 from lightning_lora.callbacks.averaging import (
     averaging_callbacks,
     check_averageable,
@@ -50,6 +50,7 @@ from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
 from lightning_lora.report import table, totals
+from lightning_lora.resuming import Mismatch
 from lightning_lora.sites import Site, sites
 from lightning_lora.strategies.fsdp import is_wrapped
 from lightning_lora.strategies.replication import ReplicatesAdapters
@@ -79,8 +80,14 @@ class LoRACallback(Callback):
         lr_embedding: See there.
         weight_decay: Weight decay by role (A, B, ...) where it differs from the optimizer's.
         dtype: Floating-point type of the adapters; by default fp32, or wider where the layer is.
-        audit: Stop after the first batch if an adapter got no gradient.
+        audit: Stop after the first batch if an adapter got no gradient, and after an epoch in which something wrote to
+            the frozen weights.
         allow_base_mismatch: Resume although the checkpoint was trained on another base.
+        resume_mismatch: What ``fit`` does with a checkpoint of another rank, alpha, method or choice of matrices:
+            ``error``; ``reinit`` starts fresh what does not fit, and resumes the rest; ``resize`` also brings factors
+            to another rank or scale.
+        on_save_error: What follows if a checkpoint could not be written, as on a full disk: ``raise``, or ``warn`` and
+            train on; no checkpoint is then removed until one was written again.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -103,7 +110,13 @@ class LoRACallback(Callback):
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
         audit: bool = True,
         allow_base_mismatch: bool = False,
+        resume_mismatch: Mismatch = "error",
+        on_save_error: Literal["raise", "warn"] = "raise",
     ) -> None:
+        if resume_mismatch not in get_args(Mismatch):
+            raise ValueError(f"resume_mismatch={resume_mismatch!r}: must be 'error', 'reinit' or 'resize'")
+        if on_save_error not in ("raise", "warn"):
+            raise ValueError(f"on_save_error={on_save_error!r}: must be 'raise' or 'warn'")
         if not isinstance(method, Method):
             raise ValueError(f"method={method!r}: give a method, for example LoRACallback(LoRA(r=8))")
         check_ratio(lr_ratio, [method])
@@ -122,8 +135,11 @@ class LoRACallback(Callback):
         self.dtype = dtype
         self.audit = audit
         self.allow_base_mismatch = allow_base_mismatch
+        self.resume_mismatch = resume_mismatch
+        self.on_save_error = on_save_error
         self._undo: list[Callable[[], None]] = []
         self._audit: Audit | None = None
+        self._frozen: FrozenWeights | None = None
         self._found: list[Site] = []
         self._adapted_before = False
         self._pending: set[str] = set()
@@ -148,7 +164,10 @@ class LoRACallback(Callback):
         self._undo.append(tolerant.remove)
         present: Any = trainer.strategy.checkpoint_io
         inner = present.checkpoint_io if isinstance(present, AdapterCheckpointIO) else present
-        trainer.strategy.checkpoint_io = AdapterCheckpointIO(inner, pl_module, self.allow_base_mismatch)
+        mismatch: Mismatch = self.resume_mismatch if stage == "fit" else "error"
+        trainer.strategy.checkpoint_io = AdapterCheckpointIO(
+            inner, pl_module, self.allow_base_mismatch, mismatch, keep_going=self.on_save_error == "warn"
+        )
         if stage == "fit" and averaging_callbacks(trainer):
             pl_module.configure_model()  # now, because their setup copies the module
 
@@ -251,7 +270,7 @@ class LoRACallback(Callback):
         leave_frozen_weights(trainer)
         extend_rates(trainer)
         self._set_modes(pl_module)  # again: SyncBatchNorm takes the place of other norms
-        self._audit = Audit(pl_module) if self.audit else None
+        self._audit, self._frozen = (Audit(pl_module), FrozenWeights(pl_module)) if self.audit else (None, None)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -292,6 +311,12 @@ class LoRACallback(Callback):
             audit.check()
         if drop_if_due(trainer, pl_module, self._schedules, partial(self._split, pl_module)):
             self._found = sites(pl_module, TASK)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that what is frozen stayed as it was."""
+        if self._frozen is not None:
+            self._frozen.check(f"epoch {trainer.current_epoch}")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -355,5 +380,6 @@ class LoRACallback(Callback):
         if self._audit is not None:
             self._audit.stop()
             self._audit = None
+        self._frozen = None
         self._schedules.stop()
         self._found = []

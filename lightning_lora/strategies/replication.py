@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_lora.description import note_base_weights
 from lightning_lora.files import SECTION
-from lightning_lora.loading import check_same
+from lightning_lora.resuming import check_same
 from lightning_lora.sharding import is_sharded, spread, whole
 from lightning_lora.sites import clean, join, sites
 from lightning_lora.state import own_entries
