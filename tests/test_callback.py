@@ -469,10 +469,10 @@ def test_swa_over_frozen_running_statistics_is_refused_because_it_would_reset_th
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
-def test_strategies_that_shard_the_base_are_refused(strategy: str, trainer: Any) -> None:
+def test_strategies_of_lightning_that_shard_the_base_are_refused(strategy: str, trainer: Any) -> None:
     run = trainer(callbacks=[callback()])
     run.strategy.__class__ = type(strategy, (type(run.strategy),), {})
-    with pytest.raises(ValueError, match=f"strategy={strategy}: .* use strategy='ddp'"):
+    with pytest.raises(ValueError, match=f"strategy={strategy}: .* use strategy='lora_fsdp"):
         run.fit(Lit(), loader())
 
 

@@ -49,7 +49,9 @@ from triggers import (
     clip_weights,
     damaged,
     diverged,
+    dividing,
     fail,
+    filled_from,
     fit,
     fit_again_after_dropping,
     flipped,
@@ -122,6 +124,7 @@ from lightning_lora import (
     use,
 )
 from lightning_lora.callbacks.audit import Audit
+from lightning_lora.callbacks.averaging import check_divided
 from lightning_lora.callbacks.guards import (
     check_connected,
     check_frozen,
@@ -145,6 +148,7 @@ from lightning_lora.rank_curve import RankCurve
 from lightning_lora.report import plot_importances, plot_ranks
 from lightning_lora.sharing import share
 from lightning_lora.strategies import LoRAFSDP2Strategy
+from lightning_lora.strategies.base_weights import fill_base
 from lightning_lora.strategies.blocks import blocks_of
 from lightning_lora.strategies.ddp import LoRADDPStrategy
 from lightning_lora.whole_files import write_file, write_folder
@@ -555,6 +559,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("merge", RuntimeError): {
+        "cannot merge into first.weight: each process holds a part of it: save the adapters and merge in one process, "
+        "with `lightning-lora merge` or load_from_checkpoint(..., merge=True)": lambda: merge_(sharded(adapted())),
         "cannot merge again while the adapters are merged: leave `merged(model)` first": lambda: while_merged(merge_),
         "cannot save while the adapters are merged: leave `merged(model)` first": (
             lambda: while_merged(lambda model: save_adapter(model, "best.adapter"))
@@ -1010,6 +1016,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "not measured again: use EMAWeightAveraging, or list these layers in modules_to_save": (
             lambda: fit(Normed(), StochasticWeightAveraging(0.1))
         ),
+        "EMAWeightAveraging copies the whole module, and LoRAFSDP2Strategy divides its base: use AdapterEMA, which "
+        "averages only what is trained": lambda: check_divided(dividing(EMAWeightAveraging()), LoRA()),
+        "in_place=True writes to the base, and LoRAFSDP2Strategy divides it: use in_place=False, which computes the "
+        "same": lambda: check_divided(dividing(), DeltaLoRA(in_place=True)),
     },
     ("callbacks/audit", RuntimeError): {
         "2 of 6 adapter parameters got no gradient in the first batch: net.idle.weight (default.lora_A), "
@@ -1075,6 +1085,19 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "strategy=DDPStrategy trains in spawned or forked processes, and adapters that are injected there would stay "
         "there: use strategy='ddp', or in a notebook call inject(model, LoRA(...)) with the same method and targets "
         "before trainer.fit": lambda: check_launcher(strategy("DDPStrategy", "_MultiProcessingLauncher")),
+    },
+    ("strategies/base_weights", AdapterError): {
+        "base_weights=/weights: Linear has no part called 'net'": (
+            lambda: fill_base(nn.Linear(2, 2), {"net": "/weights"}, torch.device("cpu"))
+        ),
+        "base_weights=.: there is no *.safetensors file in it": (
+            lambda: fill_base(nn.Linear(2, 2), {"": "."}, torch.device("cpu"))
+        ),
+        "base_weights=...: its files lack weight: give the folder of this base": lambda: filled_from({"bias": 2}),
+        "steps has no values, and base_weights has no file for it: name the part that it is in; a buffer that files do "
+        "not hold keeps its values where the base is built under parameters_on_meta()": (
+            lambda: filled_from({"bias": 2, "weight": (2, 2)}, steps=torch.zeros(1, device="meta"))
+        ),
     },
     ("strategies/blocks", ValueError): {
         "blocks=['Decoder']: no module of the model is of that class; it has ['Sequential']": (

@@ -47,6 +47,8 @@ from lightning_lora.files import read_tensors, to_bytes
 from lightning_lora.input_statistics import InputStatistics
 from lightning_lora.offline import merge
 from lightning_lora.sharing import share
+from lightning_lora.strategies import LoRAFSDP2Strategy
+from lightning_lora.strategies.base_weights import fill_base
 from lightning_lora.strategies.ddp import check_alike
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -232,9 +234,9 @@ class NoisyLinear(nn.Module):
         self.weight = nn.Parameter(torch.ones(3, 3))
 
 
-def sharded() -> Any:
+def sharded(model: Any = None) -> Any:
     """The network with one weight divided over a group of one process."""
-    model = net()
+    model = net() if model is None else model
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model.first.weight = nn.Parameter(
@@ -243,6 +245,24 @@ def sharded() -> Any:
     finally:
         dist.destroy_process_group()
     return model
+
+
+def dividing(*callbacks: L.Callback) -> Any:
+    """A Trainer whose strategy divides the base."""
+    run = trainer(*callbacks)
+    run._accelerator_connector.strategy = LoRAFSDP2Strategy()
+    return run
+
+
+def filled_from(shapes: Mapping[str, Any], **buffers: Tensor) -> None:
+    """Fill a linear layer on the meta device, with buffers that files do not hold, from a file of such tensors."""
+    model = nn.Linear(2, 2, device="meta")
+    for name, buffer in buffers.items():
+        model.register_buffer(name, buffer, persistent=False)
+    safetensors.torch.save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is one process only
+        fill_base(model, {"": "."}, torch.device("cpu"))
 
 
 def on_two_devices(strategy: Any) -> Any:

@@ -151,6 +151,7 @@ class LoRACallback(Callback):
         self._undo_all()
         check_strategy(trainer.strategy)
         self._adapted_before = bool(sites(pl_module))
+        self._replacements = Replacements(pl_module)
         self._wrap(pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, stage, build))
         if stage == "fit":
             check_conflicts(trainer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,11 @@ def fill_base(model: nn.Module, folders: Mapping[str, str], device: torch.device
         if name not in modules:
             raise AdapterError(f"base_weights={folder}: {type(model).__name__} has no part called {name!r}")
         _fill(modules[name], folder, device)
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    empty = [clean(name) for name, tensor in tensors if tensor.is_meta]
+    _check_values(model.state_dict(keep_vars=True))
+
+
+def _check_values(tensors: Mapping[str, Any]) -> None:
+    empty = [clean(name) for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]
     if empty:
         raise AdapterError(
             f"{some(empty)} has no values, and base_weights has no file for it: name the part that it is in; a buffer "
@@ -62,6 +66,13 @@ def fill_base(model: nn.Module, folders: Mapping[str, str], device: torch.device
 
 def _fill(part: nn.Module, folder: str, device: torch.device) -> None:
     added = added_modules(part)
+    _check_values(
+        {
+            join(prefix, name): module._buffers[name]
+            for prefix, module in part.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+    )
     names: dict[int, list[str]] = {}  # tied weights are in a file once, under any of their names
     tensors: dict[int, Tensor] = {}
     for prefix, module in part.named_modules():
