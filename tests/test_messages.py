@@ -78,6 +78,7 @@ from triggers import (
     resume,
     saved,
     seen_inputs,
+    set_up,
     sharded,
     split_optimizer,
     stored,
@@ -147,7 +148,7 @@ from lightning_lora.quantized import check_requantizable, keep_differentiable
 from lightning_lora.rank_curve import RankCurve
 from lightning_lora.report import plot_importances, plot_ranks
 from lightning_lora.sharing import share
-from lightning_lora.strategies import LoRAFSDP2Strategy
+from lightning_lora.strategies import LoRAFSDP2Strategy, LoRAFSDPStrategy
 from lightning_lora.strategies.base_weights import fill_base
 from lightning_lora.strategies.blocks import blocks_of
 from lightning_lora.strategies.ddp import LoRADDPStrategy
@@ -1103,6 +1104,14 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "blocks=['Decoder']: no module of the model is of that class; it has ['Sequential']": (
             lambda: blocks_of(nn.Sequential(nn.Linear(2, 2)), ["Decoder"])
         ),
+    },
+    ("strategies/fsdp", ValueError): {
+        "state_dict_type='sharded': adapters are whole on every process and written to one file: leave it out": (
+            lambda: LoRAFSDPStrategy(state_dict_type="sharded")
+        ),
+        "strategy=LoRAFSDPStrategy: net.first.weight, net.first.bias, net.second.weight, net.second.bias is on the meta "
+        "device: give the base its values first, or use LoRAFSDP2Strategy(base_weights=...), which reads them shard "
+        "by shard": lambda: set_up(LoRAFSDPStrategy(), Lit().to("meta")),
     },
     ("strategies/fsdp2", ValueError): {
         "replicas=3: 2 processes cannot be divided into that many equal parts: give a divisor": (

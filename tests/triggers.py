@@ -247,6 +247,12 @@ def sharded(model: Any = None) -> Any:
     return model
 
 
+def set_up(strategy: Any, module: L.LightningModule) -> None:
+    """Set a strategy up for a module, as far as it gets."""
+    strategy.connect(module)
+    strategy.setup(trainer())
+
+
 def dividing(*callbacks: L.Callback) -> Any:
     """A Trainer whose strategy divides the base."""
     run = trainer(*callbacks)

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from typing_extensions import override
 
+from lightning_lora.files import some
+from lightning_lora.sites import clean
 from lightning_lora.strategies.blocks import blocks_of, kept_whole
 from lightning_lora.strategies.replication import ReplicatesAdapters
 
@@ -31,14 +33,32 @@ class LoRAFSDPStrategy(ReplicatesAdapters, FSDPStrategy):
 
     Args:
         kwargs: As for Lightning's strategy.
+
+    Raises:
+        ValueError: If checkpoints are to be divided too.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if self._state_dict_type != "full":
+            raise ValueError(
+                f"state_dict_type={self._state_dict_type!r}: adapters are whole on every process and written to one "
+                "file: leave it out"
+            )
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        """Wrap the module and make the optimizers."""
+        """Wrap the module and make the optimizers.
+
+        Raises:
+            ValueError: If the base has no values.
+        """
+        empty = [clean(name) for name, parameter in self._module.named_parameters() if parameter.is_meta]
+        if empty:
+            raise ValueError(
+                f"strategy={type(self).__name__}: {some(empty)} is on the meta device: give the base its values first, "
+                "or use LoRAFSDP2Strategy(base_weights=...), which reads them shard by shard"
+            )
         self.prepare()
         super().setup(trainer)
         self.clip_here()
