@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ranks import Resumable, slurm, start, torchrun, trainer, wait
 from signals import campaign
 
 from lightning_lora import LoRA, LoRACallback, PreemptionCheckpoint
+from lightning_lora.sites import clean
 
 
 class Told(L.Callback):
@@ -44,7 +46,9 @@ class Told(L.Callback):
             os.kill(os.getpid(), self.signum)
 
 
-def job(rank: int, folder: Path, report: str, told: Told | None, validation: Callable[[int], int]) -> None:
+def job(
+    rank: int, folder: Path, report: str, told: Told | None, validation: Callable[[int], int], **options: Any
+) -> None:
     """Train two epochs of four steps, each rank on batches of its own."""
     logging.disable()
     warnings.simplefilter("ignore")
@@ -52,13 +56,13 @@ def job(rank: int, folder: Path, report: str, told: Told | None, validation: Cal
     callbacks = [LoRACallback(LoRA(r=2)), PreemptionCheckpoint(folder), ModelCheckpoint(folder / "others")]
     if told is not None and rank == 1:
         callbacks.append(told)
-    run = trainer(callbacks=callbacks, max_epochs=2, num_sanity_val_steps=0, use_distributed_sampler=False)
+    run = trainer(callbacks=callbacks, max_epochs=2, num_sanity_val_steps=0, use_distributed_sampler=False, **options)
     share = list(range(rank * 16, rank * 16 + 16))
     batches = Resumable([loader(8).dataset[number] for number in share], batch_size=4)
     try:
         run.fit(module, batches, loader(validation(rank)), ckpt_path="last")
     finally:
-        adapters = {name: one.tolist() for name, one in module.state_dict().items() if "lora_" in name}
+        adapters = {clean(name): one.tolist() for name, one in module.named_parameters() if "lora_" in name}
         content = {"losses": module.losses, "adapters": adapters, "step": run.global_step}
         (folder / f"{report}-{rank}.json").write_text(json.dumps(content))
 
@@ -67,11 +71,14 @@ def reports(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
 
-def both_runs(folder: Path, told: Told, variables: Any = torchrun, validation: Any = lambda rank: 2) -> dict[str, Any]:
+def both_runs(
+    folder: Path, told: Told, variables: Any = torchrun, validation: Any = lambda rank: 2, **options: Any
+) -> dict[str, Any]:
     """Run a job that is told to go, and the one after it."""
     folder.mkdir()
-    codes = wait(start(2, job, folder, "first", told, validation, variables=variables), 60)
-    then = wait(start(2, job, folder, "second", None, validation, variables=variables), 60)
+    run = partial(job, **options)
+    codes = wait(start(2, run, folder, "first", told, validation, variables=variables), 60)
+    then = wait(start(2, run, folder, "second", None, validation, variables=variables), 60)
     assert then == [0, 0], then
     first, second = reports(folder, "first"), reports(folder, "second")
     return {"codes": codes, "steps": [one["step"] for one in first], "first": first, "second": second}
@@ -95,6 +102,8 @@ def main(folder: Path) -> None:
         "whole": reports(folder / "whole", "whole"),
         "training": both_runs(folder / "training", Told(5, None, term)),
         "validation": both_runs(folder / "validation", Told(4, 0, term)),
+        "lora_fsdp": both_runs(folder / "lora_fsdp", Told(5, None, term), strategy="lora_fsdp"),
+        "lora_fsdp2": both_runs(folder / "lora_fsdp2", Told(5, None, term), strategy="lora_fsdp2"),
         "uneven": both_runs(folder / "uneven", Told(4, 2, term), validation=lambda rank: 2 + rank),
         "slurm": requeueing(folder),
         "campaign": [asdict(one) for one in campaign(1)],

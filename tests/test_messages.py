@@ -1109,9 +1109,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "state_dict_type='sharded': adapters are whole on every process and written to one file: leave it out": (
             lambda: LoRAFSDPStrategy(state_dict_type="sharded")
         ),
-        "strategy=LoRAFSDPStrategy: net.first.weight, net.first.bias, net.second.weight, net.second.bias is on the meta "
-        "device: give the base its values first, or use LoRAFSDP2Strategy(base_weights=...), which reads them shard "
-        "by shard": lambda: set_up(LoRAFSDPStrategy(), Lit().to("meta")),
+        "strategy=LoRAFSDPStrategy: net.first.weight, net.first.bias, net.second.weight, net.second.bias is on the "
+        "meta device: give the base its values first, or use LoRAFSDP2Strategy(base_weights=...), which reads them "
+        "shard by shard": lambda: set_up(LoRAFSDPStrategy(), Lit().to("meta")),
     },
     ("strategies/fsdp2", ValueError): {
         "replicas=3: 2 processes cannot be divided into that many equal parts: give a divisor": (

@@ -33,7 +33,7 @@ def test_whichever_rank_is_told_all_save_and_leave_at_one_step(found, target):
     assert outcome["steps"] == [outcome["saved"]] * 2
 
 
-@pytest.mark.parametrize("moment", ["training", "validation"])
+@pytest.mark.parametrize("moment", ["training", "validation", "lora_fsdp", "lora_fsdp2"])
 def test_two_ranks_resumed_are_the_run_they_would_have_been(found, moment):
     resumed, whole = found[moment], found["whole"]
     assert resumed["codes"] == [143, 143]
