@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.checkpoints import AdapterCheckpointIO
 from lightning_lora.description import note_base_weights
 from lightning_lora.files import SECTION
-from lightning_lora.resuming import check_same
+from lightning_lora.loading import check_base
 from lightning_lora.sharding import is_sharded, spread, whole
 from lightning_lora.sites import clean, join, sites
 from lightning_lora.state import own_entries
@@ -71,8 +72,11 @@ class ReplicatesAdapters(Strategy):
         note_base_weights(sites(self._module))
         if self._unfinished is not None:
             (path, checkpoint), self._unfinished = self._unfinished, None
-            mismatch = getattr(self.checkpoint_io, "allow_base_mismatch", True)
-            check_same(self._module, checkpoint[SECTION], path, allow_base_mismatch=mismatch)
+            io = self.checkpoint_io
+            if isinstance(io, AdapterCheckpointIO) and not io.allow_base_mismatch:
+                described = checkpoint[SECTION]["sites"]
+                found = [site for site in sites(self._module) if site.name in described]
+                check_base(path, found, [described[site.name].get("base") for site in found])
             _assign(self._module, checkpoint["state_dict"])
 
     def clip_here(self) -> None:
@@ -113,18 +117,12 @@ class ReplicatesAdapters(Strategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give each optimizer its state, divided where its parameters are."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            divided = {
-                index: {
-                    name: spread(value, parameters[index])
-                    if isinstance(value, Tensor) and value.shape == parameters[index].shape
-                    else value
-                    for name, value in values.items()
-                }
-                for index, values in state["state"].items()
-            }
-            optimizer.load_state_dict({**state, "state": divided})
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[name] = spread(value, parameter)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
