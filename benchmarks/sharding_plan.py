@@ -297,9 +297,9 @@ ceil(rows / W) to each process, so what is divided by W below, or gathered, is a
 
 An all-reduce counts as a ring, which moves its bytes twice. R is there twice for a moment, as the message and copied
 out of it, until the message of the first block has come. Beside the checkpoint the adapter folder takes 4 T. To resume,
-each process reads the whole file. With `replicas=k` the base is divided over W / k processes, adapters are averaged over
-all W. Not counted: activations, logits, buffers, what an optimizer needs during its step, and what an allocator leaves
-unused. All was counted on CPUs; GPUs run messages beside the computation, and may hold them longer.
+each process reads the whole file. With `replicas=k` the base is divided over W / k processes; adapters are averaged
+over all W. Not counted: activations, logits, buffers, what an optimizer needs during its step, and what an allocator
+leaves unused. All was counted on CPUs; GPUs run messages beside the computation, and may hold them longer.
 
 ## Models
 
@@ -309,8 +309,8 @@ Sizes in GB (10^9 bytes).
 ## Memory of one GPU
 
 GB. The last six columns are what is left for activations and all else that is not counted, of 80 or 141 GB; **none**:
-it does not fit. "Divided" is what `fully_shard` does with adapters if it is not told to leave them whole; no strategy of
-this library does that.
+it does not fit. "Divided" is what `fully_shard` does with adapters if it is not told to leave them whole; no strategy
+of this library does that.
 
 {memory_rows(counted)}
 ## Messages of one GPU
@@ -325,10 +325,11 @@ GB in a step; in the last column for a checkpoint, for which `ddp` and `lora_fsd
   divided ones take {gb(divided.state)}, beside {gb(whole.base)} GB of the base. All that is held at once, without
   activations, is {gb(whole.needed)} GB instead of {gb(divided.needed)}.
 - **What it buys**: nothing is gathered for a checkpoint (divided, {gb(divided.checkpoint_received)} GB arrive), and
-  adapters cost 8 T a step in messages instead of 12 T: {gb(whole.received)} GB in all instead of {gb(divided.received)}.
+  adapters cost 8 T a step in messages instead of 12 T: {gb(whole.received)} GB in all, divided
+  {gb(divided.received)}.
 - **Padding turns against division where W > r.** A factor A (r, in) has r rows. Divided over more processes than that,
   those with a row hold a whole one, and W rows are gathered. For 405B at r=16 on 512 GPUs a step of divided adapters
-  receives {gb(wide_divided.received)} GB, of whole ones {gb(wide.received)}. Division would free {gb(saved)} GB of a GPU.
+  receives {gb(wide_divided.received)} GB, of whole ones {gb(wide.received)}. Division would free {gb(saved)} GB.
 - **More GPUs stop helping** beyond the number in the table, where the base's share is no larger than 16 T: from there
   on most of what a GPU keeps is adapters, which do not shrink.
 - **Whole adapters stop paying where activations need the memory that 16 T takes.** Our rule is a quarter of a GPU. All
@@ -336,7 +337,7 @@ GB in a step; in the last column for a checkpoint, for which `ddp` and `lora_fsd
   80 GB, 405B at r={rank_at(counted, "405B", 80)} on 80 GB and at r={rank_at(counted, "405B", 141)} on 141 GB. 405B at
   r=64 on 64 GPUs of 80 GB leaves {left(80, full.needed)} GB whole and {left(80, full_divided.needed)} divided: do not
   run that with whole adapters. Use a lower rank, fewer target modules, or a method that trains less (VeRA, LoRA-FA).
-- Dividing Adam's moments alone would leave 8 T + 8 T / W at the messages of whole adapters. This library does not do it.
+- Dividing Adam's moments alone would leave 8 T + 8 T / W at the messages of whole adapters; no strategy here does it.
 - `ddp` sends least: where the base fits beside activations, it is the one to take.
 """
 
