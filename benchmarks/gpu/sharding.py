@@ -1,11 +1,11 @@
 """``lora_fsdp``, ``lora_fsdp2`` and ``ddp`` on the GPUs of this machine: ``python benchmarks/gpu/sharding.py``.
 
 Trains LoRA over Llamas with random weights in bf16, eager, and measures tokens per second, memory, and how long a
-checkpoint takes. Each run is one ``torchrun`` of its own, on one GPU and then on all, so that one which runs out of
+checkpoint takes. Each run is a ``torchrun`` of its own, on one GPU and then on all, so that one which runs out of
 memory ends alone. Writes ``benchmarks/results/gpu_sharding.json`` and ``.md``.
 
-``--toy`` does the same with a tiny model in two processes on CPUs, over gloo, in about a minute; it prints the page and
-keeps nothing. That much was tried; nothing here was run on a GPU yet.
+``--toy`` does the same with a tiny model in two processes on CPUs, over gloo, in less than a minute; it prints the page
+and keeps nothing. That much was tried; nothing here was run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,9 @@ def one(name: str, strategy: str, processes: int, folder: Path) -> None:
     if trainer.is_global_zero:
         per_second = processes * ROWS[name] * LENGTH[name] / measure.run["step_seconds"]
         planned = plan(name, strategy, processes) if strategy in PLANNED else {}
-        (folder / "run.json").write_text(json.dumps({**measure.run, **planned, "tokens_per_second": per_second}))
+        (folder / f"{strategy}.json").write_text(
+            json.dumps({**measure.run, **planned, "tokens_per_second": per_second})
+        )
 
 
 def plan(name: str, strategy: str, processes: int) -> Run:
@@ -158,18 +162,20 @@ def plan(name: str, strategy: str, processes: int) -> Run:
     return {"planned_kept_bytes": planned.base + planned.state + copies, "planned_needed_bytes": planned.needed}
 
 
-def launch(name: str, strategy: str, processes: int) -> Run:
-    """Measure one strategy under torchrun; a run that failed has an ``error``."""
-    run: Run = {"model": name, "strategy": strategy, "processes": processes}
+def launch(name: str, strategies: Sequence[str], processes: int) -> list[Run]:
+    """Measure strategies under one torchrun; a run that failed has an ``error``."""
     with tempfile.TemporaryDirectory() as folder:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [*torchrun, __file__, "--one", name, strategy, str(processes), folder]
+        command = [*torchrun, __file__, "--worker", name, ",".join(strategies), str(processes), folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        file = Path(folder) / "run.json"
-        if file.exists():
-            return run | json.loads(file.read_text())
+        files = {strategy: Path(folder) / f"{strategy}.json" for strategy in strategies}
+        found = {strategy: json.loads(file.read_text()) for strategy, file in files.items() if file.exists()}
     errors = [one for one in re.findall(r"([\w.]*Error): ", done.stderr) if not one.endswith("ChildFailedError")]
-    return run | {"error": errors[-1] if errors else f"exit status {done.returncode}", "log": done.stderr[-5000:]}
+    failed = {"error": errors[-1] if errors else f"exit status {done.returncode}", "log": done.stderr[-5000:]}
+    return [
+        {"model": name, "strategy": strategy, "processes": processes, **found.get(strategy, failed)}
+        for strategy in strategies
+    ]
 
 
 def page(record: Run) -> str:
@@ -209,25 +215,25 @@ def environment(toy: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--toy", action="store_true", help="a tiny model on CPUs; nothing is kept")
-    parser.add_argument("--one", nargs=4, metavar=("MODEL", "STRATEGY", "PROCESSES", "FOLDER"), help="used by torchrun")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)  # what torchrun starts
     options = parser.parse_args()
-    if options.one:
-        name, strategy, processes, folder = options.one
-        one(name, strategy, int(processes), Path(folder))
+    if options.worker:
+        name, strategies, processes, folder = options.worker
+        for strategy in strategies.split(","):
+            one(name, strategy, int(processes), Path(folder))
         return
     if not options.toy and not torch.cuda.is_available():
         sys.exit("no GPU is here: give --toy to try the benchmark on CPUs")
     models = ["toy"] if options.toy else ["1B", "8B"]
     worlds = [2] if options.toy else sorted({1, torch.cuda.device_count()})
     record: Run = {"environment": environment(options.toy), "runs": []}
-    for name in models:
-        for processes in worlds:
-            for strategy in STRATEGIES:
-                record["runs"].append(launch(name, strategy, processes))
-                print(record["runs"][-1], flush=True)
-                if not options.toy:
-                    (RESULTS / "gpu_sharding.json").write_text(json.dumps(record, indent=1) + "\n")
-                    (RESULTS / "gpu_sharding.md").write_text(page(record))
+    together = [STRATEGIES] if options.toy else [(strategy,) for strategy in STRATEGIES]
+    for name, processes, strategies in product(models, worlds, together):
+        record["runs"] += launch(name, strategies, processes)
+        print(record["runs"][-1], flush=True)
+        if not options.toy:
+            (RESULTS / "gpu_sharding.json").write_text(json.dumps(record, indent=1) + "\n")
+            (RESULTS / "gpu_sharding.md").write_text(page(record))
     print(page(record))
 
 
