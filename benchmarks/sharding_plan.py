@@ -294,12 +294,17 @@ ceil(rows / W) to each process, so what is divided by W below, or gathered, is a
 | received in a step, times (W - 1) / W | 8 T | 2 b P + 8 (T + n) | 2 b P + 12 T |
 | tensors in a checkpoint | 12 T + 4 n | 12 T + 4 n | 12 T + 4 n |
 | received to write one | 0 | 0 | that, times (W - 1) / W |
+| copied to main memory to write one | that, where it is written | that, by every process | as it is written |
 
 An all-reduce counts as a ring, which moves its bytes twice. R is there twice for a moment, as the message and copied
 out of it, until the message of the first block has come. Beside the checkpoint the adapter folder takes 4 T. To resume,
 each process reads the whole file. With `replicas=k` the base is divided over W / k processes; adapters are averaged
-over all W. Not counted: activations, logits, buffers, what an optimizer needs during its step, and what an allocator
-leaves unused. All was counted on CPUs; GPUs run messages beside the computation, and may hold them longer.
+over all W.
+
+All was counted on CPUs; GPUs run messages beside the computation, and may hold them longer. These lines are read from
+code and not counted: DDP's copy of the gradients, what is gathered at once with divided adapters, what is received, and
+what is copied to main memory. Left out: activations, logits, buffers, what an optimizer needs during its step, and what
+an allocator leaves unused.
 
 ## Models
 

@@ -139,6 +139,12 @@ class Counts(L.Callback):
         self.steps[-1].__exit__(None, None, None)
 
 
+def of_adapters(trained: list[nn.Parameter], optimizer: Any) -> Found:
+    """Count what is held of adapters, and of these with gradients and Adam's moments."""
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return {"adapters": held(trained), "state": sum(map(held, (trained, [p.grad for p in trained], moments)))}
+
+
 def trained_by_lightning(name: str, r: int, kind: str, folder: Path) -> Found:
     module, counts, world = Lit(name), Counts(), dist.get_world_size()
     strategy = {"ddp": "ddp", "not resharded": LoRAFSDP2Strategy(reshard_after_forward=False)}.get(kind, "lora_fsdp2")
@@ -159,13 +165,9 @@ def trained_by_lightning(name: str, r: int, kind: str, folder: Path) -> Found:
     with Collectives() as saving:
         trainer.save_checkpoint(path)
     trained = [p for p in module.parameters() if p.requires_grad]
-    states = trainer.optimizers[0].state.values()
     return {
         "base": held(p for p in module.parameters() if not p.requires_grad),
-        "adapters": held(trained),
-        "state": held(trained)
-        + held(p.grad for p in trained)
-        + held(s[key] for s in states for key in s if key != "step"),
+        **of_adapters(trained, trainer.optimizers[0]),
         "steps": [step.bytes for step in counts.steps],
         "most": max(step.most for step in counts.steps),
         "file": path.stat().st_size,
@@ -184,10 +186,12 @@ def all_divided(name: str, r: int) -> Found:
     fully_shard(model, reshard_after_forward=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     batch = torch.arange(6).view(1, 6)
+    optimizer = torch.optim.Adam(trained)
     with Collectives() as messages:
         model(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
     base = held(p for p in model.parameters() if not p.requires_grad)
-    return {"base": base, "adapters": held(trained), "steps": [messages.bytes]}
+    return {"base": base, **of_adapters(trained, optimizer), "steps": [messages.bytes]}
 
 
 def main(rank: int, folder: Path, world: int) -> None:
@@ -242,7 +246,7 @@ def test_a_process_holds_the_planned_bytes_of_the_base_and_the_adapters_padding_
     assert (found[case]["base"], found[case]["adapters"]) == (plan(*case).base, plan(*case).adapters)
 
 
-@WITH_LIGHTNING
+@cases()
 def test_a_process_holds_the_planned_adapters_gradients_and_moments(case: Any, found: Any) -> None:
     assert found[case]["state"] == plan(*case).state
 
