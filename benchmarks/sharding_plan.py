@@ -283,7 +283,7 @@ P numbers of the base in b bytes each (2 in bf16), T trained numbers in fp32 hel
 what is gathered together: a block, or all that is in no block (embeddings, the head). Rows of a tensor are dealt out,
 ceil(rows / W) to each process, so what is divided by W below, or gathered, is a sum over tensors padded to whole rows.
 
-| bytes of one process | `ddp` | `lora_fsdp2` | adapters divided too |
+| bytes of one process | `ddp`, `lora_ddp` | `lora_fsdp2` | adapters divided too |
 |---|---|---|---|
 | base | b P | b P / W | b P / W |
 | adapters, gradients, Adam's two moments | 16 T | 16 T | 16 T / W, padded |

@@ -1,4 +1,4 @@
-"""``lora_fsdp``, ``lora_fsdp2`` and ``ddp`` on the GPUs of this machine: ``python benchmarks/gpu/sharding.py``.
+"""``lora_fsdp``, ``lora_fsdp2`` and ``lora_ddp`` on the GPUs of this machine: ``python benchmarks/gpu/sharding.py``.
 
 Trains LoRA over Llamas with random weights in bf16, eager, and measures tokens per second, memory, and how long a
 checkpoint takes. Each run is a ``torchrun`` of its own, on one GPU and then on all, so that one which runs out of
@@ -46,8 +46,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "8B": COMMON | SIZES["8B"] | {"tie_word_embeddings": False},
     "toy": COMMON | TOY | {"vocab_size": 256, "num_key_value_heads": 2},
 }
-STRATEGIES = ("ddp", "lora_fsdp", "lora_fsdp2")
-PLANNED: dict[str, How] = {"ddp": "ddp", "lora_fsdp2": "lora_fsdp2"}
+STRATEGIES = ("lora_ddp", "lora_fsdp", "lora_fsdp2")
+PLANNED: dict[str, How] = {"lora_ddp": "ddp", "lora_fsdp2": "lora_fsdp2"}
 ROWS = {"1B": 4, "8B": 2, "toy": 2}  # of one process in a step
 LENGTH = {"1B": 2048, "8B": 2048, "toy": 32}
 METHOD = LoRA(r=16, alpha=32)
@@ -158,7 +158,7 @@ def plan(name: str, strategy: str, processes: int) -> Run:
         model = LlamaForCausalLM(LlamaConfig(**MODELS[name])).to(torch.bfloat16)
     inject(model, METHOD)
     planned = Plan(Shapes.of(model), processes, PLANNED[strategy])
-    copies = planned.message_buffer if strategy == "ddp" else 0  # DDP's buckets stay
+    copies = planned.message_buffer if PLANNED[strategy] == "ddp" else 0  # DDP's buckets stay
     return {"planned_kept_bytes": planned.base + planned.state + copies, "planned_needed_bytes": planned.needed}
 
 
