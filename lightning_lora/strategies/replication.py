@@ -91,8 +91,8 @@ class ReplicatesAdapters(Strategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what is trained, under the names that it has on one device; the base stays where it is."""
-        return {clean(name): whole(value).cpu() for name, value in _own(self._module).items()}
+        """Return, where it is written, what is trained, under the names that it has on one device."""
+        return {clean(name): self._written(value) for name, value in _own(self._module).items()}
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -104,15 +104,22 @@ class ReplicatesAdapters(Strategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimizer's state as on one device."""
+        """Return, where it is written, an optimizer's state as on one device."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         state = optimizer.state_dict()
         state["state"] = {
-            index: {name: whole(value).cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+            index: {name: self._written(value) for name, value in values.items()}
             for index, values in state["state"].items()
         }
         return state
+
+    def _written(self, value: Any) -> Any:
+        """Return a value as rank zero writes it; the others help to put it together and keep nothing of it."""
+        if not isinstance(value, Tensor):
+            return value
+        value = whole(value)
+        return value.cpu() if self.is_global_zero else None
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
