@@ -294,7 +294,7 @@ ceil(rows / W) to each process, so what is divided by W below, or gathered, is a
 | received in a step, times (W - 1) / W | 8 T | 2 b P + 8 (T + n) | 2 b P + 12 T |
 | tensors in a checkpoint | 12 T + 4 n | 12 T + 4 n | 12 T + 4 n |
 | received to write one | 0 | 0 | that, times (W - 1) / W |
-| copied to main memory to write one | that, where it is written | that, by every process | as it is written |
+| copied to main memory to write one | that, where it is written | the same | as it is written |
 
 An all-reduce counts as a ring, which moves its bytes twice. R is there twice for a moment, as the message and copied
 out of it, until the message of the first block has come. Beside the checkpoint the adapter folder takes 4 T. To resume,
