@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,55 +75,3 @@ def run(trainer: Any, module: Lit, steps: int, method: Method, ckpt_path: Any = 
     made = trainer(callbacks=[LoRACallback(method)], max_epochs=steps, **options)
     made.fit(module, loader(1), ckpt_path=ckpt_path)
     return made
-
-
-DDP = """
-import os, sys
-sys.path.insert(0, "{tests}")
-import lightning.pytorch as L, torch, torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
-from conftest import Lit, loader
-from lightning_lora import *
-
-torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # ranks differ, adapters must not
-module = Lit()
-L.Trainer(
-    strategy=DDPStrategy(process_group_backend="gloo"), max_epochs=2, accelerator="cpu", devices=2, logger=False,
-    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    callbacks=[LoRACallback({method})],
-).fit(module, loader(8))
-own = torch.cat([p.detach().flatten() for p in module.parameters()])
-both = [torch.empty_like(own) for _ in range(2)]
-dist.all_gather(both, own)
-assert torch.equal(*both), "replicas differ"
-adapters = [site.adapter("default") for site in sites(module)]
-assert all({ready} for one in adapters)
-losses = [None, None]
-dist.all_gather_object(losses, module.losses)
-assert losses[0] != losses[1], "each rank has data of its own"
-print("DONE")
-"""
-
-
-def train_two_processes(folder: Path, method: str, ready: str) -> None:
-    """Train 8 steps in two processes, and check that their parameters are equal in the end.
-
-    Args:
-        folder: For the script.
-        method: As written in Python.
-        ready: What is to hold of each adapter, ``one``, in the end.
-    """
-    script = folder / "train.py"
-    script.write_text(DDP.format(tests=Path(__file__).parent, method=method, ready=ready))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "LOCAL_RANK"))}
-    here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**kept, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("DONE") == 2

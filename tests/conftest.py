@@ -84,14 +84,6 @@ def loader(batches: int = 4, batch_size: int = 4) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of what one set of processes found on one worker, so that the processes run once."""
-    for item in items:
-        if {"found", "processes", "two_processes", "tiny_base"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start every test from the same random state, and without what an earlier ``seed_everything`` left."""

@@ -206,6 +206,7 @@ def methods(strategy: str, folder: Path) -> dict[str, Any]:
         again = fit(strategy, folder, method, path=folder / f"{file}-epoch=0.ckpt")
         found[name] = plain(first) | {
             "tested": tested,
+            "alike": not dist.is_initialized() or alike(first["module"]),
             "resumed": again["losses"] == first["losses"][STEPS // 2 :] and again["trained"] == first["trained"],
         }
     return found
@@ -524,6 +525,7 @@ STAGES: dict[str, tuple[int, dict[str, Part]]] = {
 def main(rank: int, folder: Path, stage: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    torch.manual_seed(rank)  # whatever a process draws, adapters and their schedules are alike
     world, parts = STAGES[stage]
     if world > 1:
         os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("test_clusters")  # so that one worker runs the processes, once
 IDLE = "net.second.adapters.weight.default.lora_A, net.second.adapters.weight.default.lora_B"
 
 

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 import peft
 import pytest
 import torch
-from by_hand import Build, adamw, batches, net, run, same, train, train_two_processes, trainable, trained, weights
+from by_hand import Build, adamw, batches, net, run, same, train, trainable, trained, weights
 from conftest import Lit, Net, loader
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor, nn
@@ -289,10 +289,6 @@ def test_accumulated_gradients_make_the_same_run(trainer: Any) -> None:
     assert adapter(parts).propagates
     for name, value in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name], value, rtol=0, atol=1e-5)
-
-
-def test_replicas_stay_equal(tmp_path: Path) -> None:
-    train_two_processes(tmp_path, "DeltaLoRA(r=2, start_step=2)", "one.propagates")
 
 
 # ---- in place

@@ -809,7 +809,7 @@ def test_another_averaging_callback_beside_it_is_refused(other: Callable[[], L.C
 def test_a_sharded_strategy_is_refused(trainer: Any) -> None:
     run = trainer(callbacks=[ema()])
     run.strategy.__class__ = type("FSDPStrategy", (type(run.strategy),), {})
-    with pytest.raises(ValueError, match=r"strategy=FSDPStrategy: .* use strategy='ddp'"):
+    with pytest.raises(ValueError, match=r"strategy=FSDPStrategy: .* use strategy='lora_fsdp'"):
         run.fit(Lit(), loader())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("test_preempted_ranks")  # so that one worker runs the processes, once
 
 
 @pytest.fixture(scope="module")

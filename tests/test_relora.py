@@ -17,7 +17,6 @@ from by_hand import (
     run,
     same,
     train,
-    train_two_processes,
     trainable,
     trained,
     weights,
@@ -283,7 +282,3 @@ def test_accumulated_gradients_make_the_same_run(trainer: Any) -> None:
     assert [one.folds for one in adapters(parts)] == [2, 2]
     for name, value in whole.state_dict().items():
         assert torch.allclose(parts.state_dict()[name], value, rtol=0, atol=1e-4)
-
-
-def test_replicas_stay_equal(tmp_path: Path) -> None:
-    train_two_processes(tmp_path, "ReLoRA(r=2, restart_every=3, warmup=2)", "one.folds == 2")

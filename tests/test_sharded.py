@@ -19,6 +19,7 @@ from sharded_processes import CASES, METHODS, SHARDED, STAGES, STEPS
 from lightning_lora import AdapterError
 
 Found = dict[str, Any]
+pytestmark = pytest.mark.xdist_group("test_sharded")  # so that one worker runs the processes, once
 # Divisions by small numbers at the first steps let these show how sums over processes are rounded.
 TOLERANCES = {"EVA": 1e-5, "LoRA-Pro": 1e-3, "llama": 1e-4}
 
@@ -64,6 +65,9 @@ class TestEveryMethod:
         ours, ddp = found["two"][strategy][method], found["two"]["ddp"][method]
         assert ours["losses"] == ddp["losses"]
         assert list(ours["trained"].values()) == list(ddp["trained"].values())
+
+    def test_leaves_all_processes_with_the_same_values(self, strategy: str, method: str, found: Any) -> None:
+        assert found["two"][strategy][method]["alike"]
 
     def test_is_tested_on_the_same_module_after_training(self, strategy: str, method: str, found: Any) -> None:
         tested = found["two"][strategy][method]["tested"]
