@@ -150,7 +150,7 @@ from lightning_lora.report import plot_importances, plot_ranks
 from lightning_lora.sharing import share
 from lightning_lora.strategies import LoRAFSDP2Strategy, LoRAFSDPStrategy
 from lightning_lora.strategies.base_weights import fill_base
-from lightning_lora.strategies.blocks import blocks_of
+from lightning_lora.strategies.blocks import blocks_of, kept_whole
 from lightning_lora.strategies.ddp import LoRADDPStrategy
 from lightning_lora.whole_files import write_file, write_folder
 
@@ -1101,6 +1101,8 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("strategies/blocks", ValueError): {
+        "Net has no adapters, and what is trained is not divided by this strategy: add LoRACallback to the Trainer's "
+        "callbacks, or use strategy='fsdp' to train everything": lambda: kept_whole(net()),
         "blocks=['Decoder']: no module of the model is of that class; it has ['Sequential']": (
             lambda: blocks_of(nn.Sequential(nn.Linear(2, 2)), ["Decoder"])
         ),

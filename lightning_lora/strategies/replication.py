@@ -25,7 +25,7 @@ from lightning_lora.loading import check_base
 from lightning_lora.sharding import is_sharded, spread, whole
 from lightning_lora.sites import clean, join, sites
 from lightning_lora.state import own_entries
-from lightning_lora.strategies.averaging import average_gradients, clip_by_norm, replicated
+from lightning_lora.strategies.gradients import average_gradients, clip_by_norm, replicated
 
 
 class ReplicatesAdapters(Strategy):
