@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,27 @@ def loader(batches: int = 4, batch_size: int = 4) -> DataLoader[Any]:
     x = torch.randn(batches * batch_size, 4, generator=generator)
     y = torch.randint(0, 3, (batches * batch_size,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+def run_processes(script: str, folder: Path, timeout: int) -> None:
+    """Run a script of this folder, which starts processes and writes what they found to another one.
+
+    Args:
+        script: Its name.
+        folder: Where it writes to.
+        timeout: In seconds.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "LOCAL_RANK"))}
+    here = [str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), folder],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**kept, "PYTHONPATH": os.pathsep.join(here), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_processes
 from sharded_processes import CASES, METHODS, SHARDED, STAGES, STEPS
 
 from lightning_lora import AdapterError
@@ -28,17 +25,7 @@ TOLERANCES = {"EVA": 1e-5, "LoRA-Pro": 1e-3, "llama": 1e-4}
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     """What processes found, by stage."""
     folder = tmp_path_factory.mktemp("sharded")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "LOCAL_RANK"))}
-    here = [str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("sharded_processes.py"), folder],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        env={**kept, "PYTHONPATH": os.pathsep.join(here), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_processes("sharded_processes.py", folder, timeout=900)
     return {stage: json.loads((folder / f"{stage}.json").read_text()) for stage in STAGES}
 
 

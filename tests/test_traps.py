@@ -41,9 +41,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
-import subprocess
-import sys
 import threading
 import typing
 import warnings
@@ -55,7 +52,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import yaml
-from conftest import Lit, Net, loader
+from conftest import Lit, Net, loader, run_processes
 from jsonargparse import ArgumentParser
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -154,17 +151,7 @@ class Late(Lit):
 def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What processes.py found: several processes train together."""
     folder = tmp_path_factory.mktemp("processes")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "LOCAL_RANK"))}
-    here = [str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("processes.py"), folder],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**kept, "PYTHONPATH": os.pathsep.join(here), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_processes("processes.py", folder, timeout=300)
     return {"forked": json.loads((folder / "forked.json").read_text())} | json.loads(
         (folder / "ranks.json").read_text()
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_lora.callbacks.guards import frozen_norms
 from lightning_lora.derived_groups import PARENT
 from lightning_lora.method import Method
+from lightning_lora.methods.delta_lora import DeltaLoRA
 from lightning_lora.strategies.replication import ReplicatesAdapters
 
 _NAMES = {"WeightAveraging", "StochasticWeightAveraging"}  # names, as pytorch_lightning has classes of its own
@@ -76,7 +77,7 @@ def check_divided(trainer: Trainer, method: Method) -> None:
             f"{type(one).__name__} copies the whole module, and {type(strategy).__name__} divides its base: use "
             "AdapterEMA, which averages only what is trained"
         )
-    if getattr(method, "in_place", False):
+    if isinstance(method, DeltaLoRA) and method.in_place:
         raise ValueError(
             f"in_place=True writes to the base, and {type(strategy).__name__} divides it: use in_place=False, which "
             "computes the same"

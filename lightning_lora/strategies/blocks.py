@@ -18,12 +18,13 @@ def kept_whole(model: nn.Module) -> set[nn.Parameter]:
     Raises:
         ValueError: If it has no adapters: then all that is trained would be whole, which divides nothing.
     """
-    if not sites(model):
+    found = sites(model)
+    if not found:
         raise ValueError(
             f"{type(model).__name__} has no adapters, and what is trained is not divided by this strategy: add "
             "LoRACallback to the Trainer's callbacks, or use strategy='fsdp' to train everything"
         )
-    adapters = {parameter for site in sites(model) for parameter in site.slot.parameters()}
+    adapters = {parameter for site in found for parameter in site.slot.parameters()}
     return adapters | {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 

@@ -115,6 +115,7 @@ class LoRAFSDP2Strategy(ReplicatesAdapters, ModelParallelStrategy):
         """Move what is whole, and the shards too unless they are to stay in main memory."""
         if not self.cpu_offload:
             super().model_to_device()
+            return
         for tensor in (*kept_whole(self._module), *self._module.buffers()):
             tensor.data = tensor.data.to(self.root_device)
 
