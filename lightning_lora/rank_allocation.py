@@ -52,18 +52,24 @@ def pull(vectors: Tensor) -> Tensor:
     return excess @ vectors * (2 / norm.clamp_min(torch.finfo(excess.dtype).tiny))
 
 
-def observe_(mean: Tensor, spread: Tensor, sensitivity: Tensor, beta1: float, beta2: float) -> None:
-    """Take one step's sensitivities ``|w * dL/dw|`` into their running mean and running deviation, in place.
+def observe_(
+    means: list[Tensor], spreads: list[Tensor], sensitivities: list[Tensor], beta1: float, beta2: float
+) -> None:
+    """Take one step's sensitivities ``|w * dL/dw|`` into their running means and running deviations, in place.
 
     Args:
-        mean: The running mean, zero before the first step.
-        spread: The running mean of the distance to ``mean``, which is renewed first.
-        sensitivity: Of each parameter, in their shape.
-        beta1: What the mean keeps of itself.
-        beta2: What the deviation keeps of itself.
+        means: The running mean of each parameter, zero before the first step.
+        spreads: The running mean of the distance to the mean, which is renewed first.
+        sensitivities: Of each parameter, in its shape.
+        beta1: What a mean keeps of itself.
+        beta2: What a deviation keeps of itself.
     """
-    mean.mul_(beta1).add_(sensitivity, alpha=1 - beta1)
-    spread.mul_(beta2).add_((sensitivity - mean).abs_(), alpha=1 - beta2)
+    torch._foreach_mul_(means, beta1)
+    torch._foreach_add_(means, sensitivities, alpha=1 - beta1)
+    distances = list(torch._foreach_sub(sensitivities, means))
+    torch._foreach_abs_(distances)
+    torch._foreach_mul_(spreads, beta2)
+    torch._foreach_add_(spreads, distances, alpha=1 - beta2)
 
 
 def importance(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -159,12 +165,20 @@ class RankAllocation(Schedule):
         if self.method.sensitivity == "pre_step":
             self._weights = {name: parameter.detach().clone() for name, parameter in self._parameters()}
         weight = self.method.orthogonality / (2 * self.matrices)
-        for adapter in self.adapters.values() if weight else ():
-            for factor, transposed in ((adapter.lora_A, False), (adapter.lora_B, True)):
-                vectors = factor.mT if transposed else factor
-                gradient = weight * pull(vectors.to(torch.promote_types(factor.dtype, torch.float32)))
-                gradient = (gradient.mT if transposed else gradient).to(factor.dtype)
-                factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
+        for factors, transposed in self._alike() if weight else ():
+            vectors = torch.stack([factor.detach().mT if transposed else factor.detach() for factor in factors])
+            gradients = weight * pull(vectors.to(torch.promote_types(vectors.dtype, torch.float32)))
+            for factor, gradient in zip(factors, (gradients.mT if transposed else gradients).unbind(), strict=True):
+                factor.grad = gradient.to(factor.dtype) if factor.grad is None else factor.grad.add_(gradient)
+
+    def _alike(self) -> Iterator[tuple[list[nn.Parameter], bool]]:
+        """Yield the vectors in groups of one shape, type and device, and whether they are columns."""
+        groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        for adapter in self.adapters.values():
+            for factor, columns in ((adapter.lora_A, False), (adapter.lora_B, True)):
+                groups.setdefault((columns, factor.shape, factor.dtype, factor.device), []).append(factor)
+        for (columns, *_), factors in groups.items():
+            yield factors, columns
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -185,14 +199,19 @@ class RankAllocation(Schedule):
                 yield f"{name}.{factor}", parameter
 
     def _observe(self) -> None:
+        weights, gradients = [], []
         for name, parameter in self._parameters():
             if name not in self.mean:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 self.mean[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
                 self.spread[name] = self.mean[name].clone()
-            mean, weight = self.mean[name], self._weights.get(name, parameter)
-            gradient = torch.zeros_like(mean) if parameter.grad is None else parameter.grad.to(mean.dtype)
-            observe_(mean, self.spread[name], (weight * gradient).abs_(), self.method.beta1, self.method.beta2)
+            mean = self.mean[name]
+            weights.append(self._weights.get(name, parameter.detach()).to(mean.dtype))
+            gradients.append(torch.zeros_like(mean) if parameter.grad is None else parameter.grad.to(mean.dtype))
+        sensitivities = list(torch._foreach_mul(weights, gradients))
+        torch._foreach_abs_(sensitivities)
+        means, spreads = ([kept[name] for name, _ in self._parameters()] for kept in (self.mean, self.spread))
+        observe_(means, spreads, sensitivities, self.method.beta1, self.method.beta2)
         self._weights = {}
 
     def _choose(self, number: int) -> None:

@@ -216,7 +216,7 @@ def test_the_deviation_is_taken_from_the_mean_that_is_renewed_already() -> None:
     mean, spread = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     m = u = 0.0
     for value in (3.0, 1.0, 4.0):
-        observe_(mean, spread, torch.tensor([value], dtype=torch.float64), 0.85, 0.7)
+        observe_([mean], [spread], [torch.tensor([value], dtype=torch.float64)], 0.85, 0.7)
         m = 0.85 * m + (1 - 0.85) * value
         u = 0.7 * u + (1 - 0.7) * abs(value - m)
     assert mean.item() == pytest.approx(m, rel=1e-14)

@@ -49,7 +49,7 @@ def short(base: Path, folder: Path) -> list[str]:
     return [
         f"--model.base={base}",
         "--trainer.max_epochs=1",
-        "--trainer.limit_train_batches=4",
+        *(f"--trainer.limit_{loop}_batches=4" for loop in ("train", "val", "test")),
         "--trainer.enable_progress_bar=false",
         f"--trainer.logger.init_args.save_dir={folder}",
     ]
