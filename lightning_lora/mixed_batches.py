@@ -235,9 +235,7 @@ class _PerExample:
         if trained or not are_ordinary(*kept.parameters):
             return _stacks(layer, slot, adapters, dtype)
         written = [0 if p.is_inference() else p._version for p in kept.parameters]
-        chosen = [
-            getattr(adapter, "rank", None) for adapter in adapters
-        ]  # DyLoRA's part of its factors
+        chosen = [getattr(adapter, "rank", None) for adapter in adapters]  # DyLoRA's part of its factors
         state = (dtype, input.device, written, chosen)
         if kept.stacks is None or kept.state != state:
             kept.state, kept.stacks = state, _stacks(layer, slot, adapters, dtype)
