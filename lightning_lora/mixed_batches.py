@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,8 @@ def per_example(model: nn.Module, tasks: Sequence[str | None], dim: int | None =
     for name, slot in places:
         if id(slot) in read_by and len(set(mixed[name])) > 1:
             raise ValueError(
-                f"{name}: the forward of {read_by[id(slot)] or 'the model'} reads this weight once for the whole batch, "
-                "so examples cannot have their own: run the examples of each task by themselves, in using(model, task)"
+                f"{name}: the forward of {read_by[id(slot)] or 'the model'} reads this weight once for a "
+                "whole batch: run the examples of each task by themselves, in using(model, task)"
             )
     before = [(slot, slot.active) for _, slot in places]
     try:
@@ -170,7 +170,7 @@ class _PerExample:
         assert isinstance(layer, Called)
         dim = self._dim(layer, output)
         y, x = output.movedim(dim, 0), input.movedim(dim, 0)
-        adapters = [slot.adapter(task) if task is not None else None for task in self.groups]
+        adapters = [None if task is None else cast(Adapter, slot[task]) for task in self.groups]
         change = self._stacked if _stackable(layer, adapters) else self._one_by_one
         changed: Tensor = change(layer, slot, adapters, y, x)
         return changed.movedim(0, dim)
