@@ -168,12 +168,11 @@ class _PerExample:
             input: What the layer was given.
         """
         assert isinstance(layer, Called)
-        dim = self._dim(layer, output)
-        y, x = output.movedim(dim, 0), input.movedim(dim, 0)
         adapters = [None if task is None else cast(Adapter, slot[task]) for task in self.groups]
         change = self._stacked if _stackable(layer, adapters) else self._one_by_one
-        changed: Tensor = change(layer, slot, adapters, y, x)
-        return changed.movedim(0, dim)
+        if self._dim(layer, output):
+            return change(layer, slot, adapters, output.transpose(0, 1), input.transpose(0, 1)).transpose(0, 1)
+        return change(layer, slot, adapters, output, input)
 
     def _dim(self, layer: Called, output: Tensor) -> int:
         """Return the examples' dimension in this output."""
@@ -275,11 +274,12 @@ def _stackable(layer: Called, adapters: list[Adapter | None]) -> bool:
 
 def _stacks(layer: Called, slot: Slot, adapters: list[Adapter | None], dtype: torch.dtype) -> _Stacks:
     found = [None if adapter is None else adapter(started_factors, layer, slot) for adapter in adapters]
-    pairs = [pair for pair in found if pair is not None]
-    rank = max(down.shape[0] for _, down in pairs)
-    (up, down), *_ = pairs
-    nothing = up.new_zeros(up.shape[0], rank), down.new_zeros(rank, down.shape[1])
-    ups, downs = zip(*(nothing if pair is None else pair for pair in found), strict=True)
+    rank = max(len(pair[1]) for pair in found if pair is not None)
+    if None in found:
+        up, down = next(pair for pair in found if pair is not None)
+        nothing = up.new_zeros(len(up), rank), down.new_zeros(rank, down.shape[1])
+        found = [nothing if pair is None else pair for pair in found]
+    ups, downs = zip(*found, strict=True)
     up = torch.stack([F.pad(up, (0, rank - up.shape[1])) if up.shape[1] < rank else up for up in ups])
     down = torch.stack([F.pad(down, (0, 0, 0, rank - len(down))) if len(down) < rank else down for down in downs])
     scalings = [math.nan if adapter is None else adapter.scaling for adapter in adapters]
