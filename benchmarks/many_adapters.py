@@ -132,8 +132,8 @@ def page(found: dict[str, Any]) -> str:
     return f"""# Many adapters beside PEFT's
 
 One linear layer of {WIDTH} x {WIDTH} in fp32, LoRA of rank {RANK}, no gradients. `python benchmarks/many_adapters.py`
-writes this page. Time is CPU time on one thread in milliseconds: that of the bare layer, and what adapters add to it, as the
-median of rounds in which all take turns. Launches include the layer's own one; they are counted and exact.
+writes this page. Time is CPU time on one thread in milliseconds: that of the bare layer, and what adapters add to it,
+as the median of rounds in which all take turns. Launches include the layer's own one; they are counted and exact.
 
 ## A task for each of {ROWS} rows
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,22 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import AdaLoRA, DyLoRA, LoRA, LoRAFA, Method, VeRA, at_rank, inject, per_example, sites, use, using
+from lightning_lora import (
+    AdaLoRA,
+    DyLoRA,
+    LoRA,
+    LoRAFA,
+    Method,
+    VeRA,
+    at_rank,
+    inject,
+    merge_,
+    merged,
+    per_example,
+    sites,
+    use,
+    using,
+)
 from lightning_lora.adapter import Adapter
 from lightning_lora.layers import Called, kind_in_use
 
@@ -448,3 +465,24 @@ def test_the_adapters_themselves_are_called_so_that_their_hooks_run() -> None:
     assert called == adapters
     together(model, EXAMPLES, x)
     assert {id(module) for module in called[4:]} == {id(adapter) for adapter in adapters}
+
+
+def test_the_example_in_the_docs_runs_and_does_what_it_says() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "many_tasks.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/many_tasks.md", "exec"), names)
+    torch.testing.assert_close(names["each"][0], names["english"][0])
+    torch.testing.assert_close(names["each"][3], names["english"][3])
+    assert all(site.slot.active == ("de", "tone") for site in sites(names["model"]))
+
+
+def test_merging_inside_the_block_is_refused_before_anything_is_written() -> None:
+    model = with_tasks(net(), a=LoRA(r=2), b=(LoRA(r=3), ["2"]))
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    for act in (merge_, lambda model: merged(model).__enter__()):
+        with per_example(model, ["a", "b"]), pytest.raises(RuntimeError, match="differ by example"):
+            act(model)
+    with per_example(model, ["b", "b"]):
+        pass
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
