@@ -155,7 +155,7 @@ class _PerExample:
         padded = [inside + inside[:1] * (self.largest - len(inside)) for inside in members]
         self.order = [example for inside in padded for example in inside]
         self.in_order = self.order == list(range(len(tasks)))
-        self.rows: dict[torch.device, _Rows] = {}
+        self.rows: dict[tuple[torch.device, bool], _Rows] = {}
         self.kept: _Kept | None = None
 
     def __call__(self, layer: nn.Module, slot: Slot, output: Tensor, input: Tensor) -> Tensor:
@@ -235,18 +235,19 @@ class _PerExample:
             return _stacks(layer, slot, adapters, dtype)
         written = [0 if p.is_inference() else p._version for p in kept.parameters]
         chosen = [getattr(adapter, "rank", None) for adapter in adapters]  # DyLoRA's part of its factors
-        state = (dtype, input.device, written, chosen)
+        state = (dtype, input.device, torch.is_inference_mode_enabled(), written, chosen)
         if kept.stacks is None or kept.state != state:
             kept.state, kept.stacks = state, _stacks(layer, slot, adapters, dtype)
         return kept.stacks
 
     def _rows_on(self, device: torch.device) -> _Rows:
-        if device not in self.rows:
+        kind = (device, torch.is_inference_mode_enabled())  # autograd cannot keep what inference mode made
+        if kind not in self.rows:
             number = {group: i for i, group in enumerate(self.groups)}
             back = [self.order.index(i) for i in range(len(self.tasks))]
             lists = ([number[task] for task in self.tasks], self.order, back)
-            self.rows[device] = _Rows(*(torch.tensor(one, device=device) for one in lists))
-        return self.rows[device]
+            self.rows[kind] = _Rows(*(torch.tensor(one, device=device) for one in lists))
+        return self.rows[kind]
 
     def _one_by_one(
         self, layer: Called, slot: Slot, adapters: list[Adapter | None], output: Tensor, input: Tensor

@@ -114,11 +114,11 @@ def test_an_example_gets_what_its_task_gives_it_alone_and_gives_the_same_gradien
 
     expected = alone(model, tasks, x, run)
     with per_example(model, tasks):
-        found = run(x)
-        assert_close(found, expected)
         with torch.inference_mode():
             assert_close(run(x), expected.detach())
             assert_close(run(x), expected.detach())
+        found = run(x)
+        assert_close(found, expected)
     assert_close(gradients(model, found), gradients(model, expected))
     assert (expected[: len(x) // 6] - alone(model, [None], x, run)[: len(x) // 6]).abs().max() > 1e-3
 
@@ -162,6 +162,38 @@ def test_gradients_reach_the_input_and_the_factors_of_the_example_s_own_task(tas
     x.grad = None
     found = {**gradients(model, together(model, tasks, x)), "x": x.grad}
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_reach_the_input_where_the_factors_are_frozen_after_an_inference() -> None:
+    model = with_tasks(net(), a=LoRA(r=2), b=LoRA(r=3)).requires_grad_(False)
+    x = draw(6, 2, 12)
+    with per_example(model, EXAMPLES):
+        with torch.inference_mode():
+            first = model(x)
+        x.requires_grad_()
+        found = model(x)
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+    (expected,) = torch.autograd.grad(alone(model, EXAMPLES, x).sum(), x)
+    assert_close(found.detach(), first)
+    assert_close(gradient, expected)
+
+
+class Widening(nn.Linear):
+    """Gives more precision than it takes, as quantized layers may."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.double())
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, Widening])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_one_scale_for_all_tasks_is_applied_once(cls: type[nn.Linear], tokens: int) -> None:
+    model = with_tasks(net(cls(12, 10)), a=LoRA(r=4), b=LoRA(r=4))
+    x, tasks = draw(4, tokens, 12), ["a", "b", "b", "a"]
+    x = x.float() if cls is Widening else x
+    torch.testing.assert_close(together(model, tasks, x), alone(model, tasks, x), rtol=1e-5, atol=1e-5)
+    if cls is nn.Linear:
+        assert_close(together(model, tasks, x), alone(model, tasks, x))
 
 
 def test_models_of_transformers_take_a_task_for_each_sequence() -> None:
@@ -436,6 +468,12 @@ def test_eight_tasks_take_one_pair_of_products() -> None:
                 site.adapter(task).scaling *= i
         found = launches(model, x)
     assert found == ["addmm", *["mul"] * 7, "cat", "cat", "mm", "addmm"]
+
+
+def test_tables_that_are_looked_up_are_not_put_side_by_side() -> None:
+    model = with_tasks(net(nn.Embedding(7, 5)), a=(LoRA(r=2), ["0"]), b=(LoRA(r=3), ["0"]))
+    with using(model, "a", "b"):
+        assert "cat" not in launches(model, torch.arange(6).view(2, 3))
 
 
 def test_tasks_with_dropout_have_a_mask_each() -> None:
