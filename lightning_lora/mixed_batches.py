@@ -241,13 +241,19 @@ class _PerExample:
         return kept.stacks
 
     def _rows_on(self, device: torch.device) -> _Rows:
-        kind = (device, torch.is_inference_mode_enabled())  # autograd cannot keep what inference mode made
+        """Return where the examples are; made once, and apart for inference mode, whose tensors autograd cannot keep."""
+        if torch.compiler.is_compiling():
+            return self._made_rows(device)
+        kind = (device, torch.is_inference_mode_enabled())
         if kind not in self.rows:
-            number = {group: i for i, group in enumerate(self.groups)}
-            back = [self.order.index(i) for i in range(len(self.tasks))]
-            lists = ([number[task] for task in self.tasks], self.order, back)
-            self.rows[kind] = _Rows(*(torch.tensor(one, device=device) for one in lists))
+            self.rows[kind] = self._made_rows(device)
         return self.rows[kind]
+
+    def _made_rows(self, device: torch.device) -> _Rows:
+        number = {group: i for i, group in enumerate(self.groups)}
+        back = [self.order.index(i) for i in range(len(self.tasks))]
+        lists = ([number[task] for task in self.tasks], self.order, back)
+        return _Rows(*(torch.tensor(one, device=device) for one in lists))
 
     def _one_by_one(
         self, layer: Called, slot: Slot, adapters: list[Adapter | None], output: Tensor, input: Tensor
