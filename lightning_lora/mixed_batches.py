@@ -241,7 +241,7 @@ class _PerExample:
         return kept.stacks
 
     def _rows_on(self, device: torch.device) -> _Rows:
-        """Return where the examples are: made once, and again for inference mode, whose tensors autograd cannot keep."""
+        """Return where the examples are: made once, and again for inference mode, whose tensors autograd refuses."""
         if torch.compiler.is_compiling():
             return self._made_rows(device)
         kind = (device, torch.is_inference_mode_enabled())
