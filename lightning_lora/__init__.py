@@ -20,6 +20,7 @@ from lightning_lora.methods.lora_drop import LoRADrop
 from lightning_lora.methods.lora_fa import LoRAFA
 from lightning_lora.methods.relora import ReLoRA
 from lightning_lora.methods.vera import VeRA
+from lightning_lora.mixed_batches import per_example
 from lightning_lora.optim import param_groups
 from lightning_lora.rank_curve import RankCurve, rank_curve
 from lightning_lora.recommendation import Recommendation, Score, recommend_targets
@@ -57,6 +58,7 @@ __all__ = [
     "merge_",
     "merged",
     "param_groups",
+    "per_example",
     "rank_curve",
     "recommend_targets",
     "remove",

@@ -220,6 +220,8 @@ def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
     if not found:
         raise ValueError(f"nothing to merge: {type(model).__name__} has no adapters: call inject or load_adapter first")
     check_not_merged(model, "merge again")
+    for site in found:
+        site.slot.in_use()  # refuses, before anything is written, where each example has its own
     divided = next((site.name for site in found if is_sharded(site.weight) or is_flattened(site.weight)), None)
     if divided is not None:
         raise RuntimeError(

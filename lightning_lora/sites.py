@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -39,6 +39,8 @@ class Slot(nn.ModuleDict):
         active: The tasks in use, in the order in which their changes are added.
         merged: Whether the parameter holds its merged value, so that nothing is to be added.
         shadowed: Whether a reader has put the adapted weight in place for the length of its forward.
+        per_example: What changes an output of a layer, by layer, slot, output and input, where each example of the
+            batch has a task of its own.
         base_weight: What is known of the parameter, where it was noted because it cannot be looked at any time.
         written_by: The task whose training writes to the parameter meanwhile; None where it holds the base's values.
         before: The matrix that was there before that.
@@ -51,6 +53,7 @@ class Slot(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
         self.merged = False
         self.shadowed = False
+        self.per_example: Callable[[nn.Module, Slot, Tensor, Tensor], Tensor] | None = None
         self.base_weight: BaseWeight | None = None
         self.written_by: str | None = None
         self.before: Tensor | None = None
@@ -83,8 +86,13 @@ class Slot(nn.ModuleDict):
         """Return the adapters whose change is still to be added.
 
         Raises:
-            RuntimeError: If the model trains while its adapters are merged.
+            RuntimeError: If the model trains while its adapters are merged, or each example has a task of its own.
         """
+        if self.per_example is not None:
+            raise RuntimeError(
+                "inside per_example(model, ...) the adapters in use differ by example, so there are none for the whole "
+                f"model: leave the block, then choose with use(model, {self.active[0]!r})"
+            )
         if self.shadowed:
             return []
         if self.merged:
@@ -211,6 +219,19 @@ def hidden(model: nn.Module) -> Iterator[None]:
     finally:
         for module, adapters in owners:
             module._modules["adapters"] = adapters
+
+
+def check_known(model: nn.Module, tasks: Collection[str]) -> None:
+    """Raise ``ValueError`` if the model has no adapter of one of these tasks.
+
+    Args:
+        model: The adapted model.
+        tasks: Their names.
+    """
+    known = sorted({task for site in sites(model) for task in site.slot})
+    for task in tasks:
+        if task not in known:
+            raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")
 
 
 def check_not_written(model: nn.Module, tasks: Collection[str]) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.sites import check_not_written, sites
+from lightning_lora.sites import check_known, check_not_written, sites
 
 
 def use(model: nn.Module, *tasks: str) -> None:
@@ -19,14 +19,16 @@ def use(model: nn.Module, *tasks: str) -> None:
 
     Raises:
         ValueError: If the model has no adapter of a task.
-        RuntimeError: If the training of another task writes to the base meanwhile.
+        RuntimeError: If the training of another task writes to the base meanwhile, or each example has its own task.
     """
-    slots = [site.slot for site in sites(model)]
-    known = sorted({task for slot in slots for task in slot})
-    for task in tasks:
-        if task not in known:
-            raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")
+    check_known(model, tasks)
     check_not_written(model, tasks)
+    slots = [site.slot for site in sites(model)]
+    if any(slot.per_example is not None for slot in slots):
+        raise RuntimeError(
+            f"cannot use {' and '.join(tasks) or 'the bare base'} inside per_example(model, ...), where each example "
+            "has a task of its own: leave the block first"
+        )
     for slot in slots:
         slot.active = tuple(dict.fromkeys(tasks))
 

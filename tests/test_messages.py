@@ -59,6 +59,7 @@ from triggers import (
     gradient_in_parts,
     groups,
     in_int4,
+    in_mixed_batches,
     in_place,
     leave,
     leaving,
@@ -352,11 +353,14 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "layout: groups=0 is no field of a layout, or out of its range": lambda: Layout.from_description({"groups": 0}),
     },
     ("sites", ValueError): {
+        "task='german': the model has no adapter of that name; it has ['default']": lambda: use(adapted(), "german"),
         "first.weight is not adapted, or not any more: sites(model) returns those that are": lambda: removed().slot,
     },
     ("sites", RuntimeError): {
         "training while the adapters are merged would not reach them: leave `merged(model)` first, or call "
         "model.eval() if this is inference": lambda: while_merged(lambda model: model(torch.ones(1, 4))),
+        "inside per_example(model, ...) the adapters in use differ by example, so there are none for the whole model: "
+        "leave the block, then choose with use(model, 'default')": lambda: in_mixed_batches(merge_),
         "cannot use the bare base now: training writes what default adds to the base to first.weight itself: wait for "
         "the end of the run, or train with in_place=False": lambda: use(in_place(net())),
     },
@@ -573,8 +577,45 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: while_merged(fit, fit().lightning_module)
         ),
     },
-    ("switch", ValueError): {
-        "task='german': the model has no adapter of that name; it has ['default']": lambda: use(adapted(), "german"),
+    ("switch", RuntimeError): {
+        "cannot use the bare base inside per_example(model, ...), where each example has a task of its own: leave the "
+        "block first": lambda: in_mixed_batches(use),
+    },
+    ("mixed_batches", ValueError): {
+        "tasks='default': must be a list with a task, or None, for each example of the batch": (
+            lambda: in_mixed_batches(tasks="default")
+        ),
+        "first.weight: an output of size [3, 8] cannot be divided among 2 examples along dimension 0: give one task "
+        "for each example of the batch, or run the examples of each task by themselves, in using(model, task)": (
+            lambda: in_mixed_batches(lambda model: model(torch.ones(3, 4)))
+        ),
+        "dim=2: must be 0, or 1 where the sequence comes first": lambda: in_mixed_batches(dim=2),
+        "attention has batch_first=False, so adapted layers may see the sequence first: write per_example(model, "
+        "tasks, dim=1), or dim=0 if they see the examples first": (
+            lambda: in_mixed_batches(model=adapted(net(attention=nn.MultiheadAttention(4, 2))))
+        ),
+        "the model has batch_first=False, so adapted layers may see the sequence first: write per_example(model, "
+        "tasks, dim=1), or dim=0 if they see the examples first": (
+            lambda: in_mixed_batches(model=adapted(nn.MultiheadAttention(4, 2)))
+        ),
+        "in_proj_weight: the forward of the model reads this weight once for a whole batch: run the examples of each "
+        "task by themselves, in using(model, task)": (
+            lambda: in_mixed_batches(model=adapted(nn.MultiheadAttention(4, 2, batch_first=True)))
+        ),
+        "attention.out_proj.weight: the forward of attention reads this weight once for a whole batch: run the "
+        "examples of each task by themselves, in using(model, task)": (
+            lambda: in_mixed_batches(
+                model=adapted(net(attention=nn.MultiheadAttention(4, 2, batch_first=True)), target_modules=["out_proj"])
+            )
+        ),
+    },
+    ("mixed_batches", RuntimeError): {
+        "first.weight is merged, for all examples alike: leave `merged(model)` first": (
+            lambda: while_merged(lambda model: in_mixed_batches(model=model))
+        ),
+        "per_example(model, ...) inside another such block: leave that one first": (
+            lambda: in_mixed_batches(lambda model: in_mixed_batches(model=model))
+        ),
     },
     ("saving", ValueError): {
         "task='german': the model has no adapter of that name to save; it has ['default']": (

@@ -34,6 +34,7 @@ from lightning_lora import (
     PreemptionCheckpoint,
     inject,
     merged,
+    per_example,
     recommend_targets,
     remove,
     save_adapter,
@@ -208,6 +209,14 @@ def beside(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
 def while_merged(act: Callable[[Any], object], model: Any = None) -> None:
     model = model or adapted()
     with merged(model):
+        act(model)
+
+
+def in_mixed_batches(
+    act: Callable[[Any], object] = id, model: Any = None, tasks: Any = ("default", None), **options: Any
+) -> None:
+    model = model or adapted()
+    with per_example(model, tasks, **options):
         act(model)
 
 

@@ -149,8 +149,10 @@ def _only_adapter(layer: nn.Module) -> Adapter | None:
     if len(slots) != 1:
         return None
     (slot,) = slots.values()
+    if slot.layout.rows is not None or slot.per_example is not None:
+        return None
     adapters = slot.in_use()
-    if len(adapters) != 1 or slot.layout.rows is not None:
+    if len(adapters) != 1:
         return None
     (adapter,) = adapters
     inputs_change = adapter.needs_weight and (slot.layout.looked_up or adapter.drops())  # on inputs, or on W x too

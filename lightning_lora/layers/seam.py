@@ -6,6 +6,8 @@ hooks and references stay.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -128,19 +130,33 @@ class Called(AdaptedLayer):
             input: What the layer was given.
         """
         for slot in slots_of(self).values():
-            adapters, rows = slot.in_use(), slot.layout.rows
-            if not adapters:
-                continue
-            if rows is None:
-                output = self._changed_by(slot, adapters, output, input)
+            change: Callable[[Tensor, Tensor], Tensor]
+            if slot.per_example is not None:
+                change = partial(slot.per_example, self, slot)
+            elif adapters := slot.in_use():
+                change = partial(self.changed_by, slot, adapters)
             else:
-                before, part, after = output.tensor_split(rows, -1)
-                output = torch.cat([before, self._changed_by(slot, adapters, part, input), after], -1)
+                continue
+            if slot.layout.rows is None:
+                output = change(output, input)
+            else:
+                before, part, after = output.tensor_split(slot.layout.rows, -1)
+                output = torch.cat([before, change(part, input), after], -1)
         return output
 
-    def _changed_by(self, slot: Slot, adapters: list[Adapter], output: Tensor, input: Tensor) -> Tensor:
+    def changed_by(self, slot: Slot, adapters: list[Adapter], output: Tensor, input: Tensor) -> Tensor:
+        """Return an output as adapters of one slot change it.
+
+        Args:
+            slot: Where they sit.
+            adapters: They, in the order in which their changes are added.
+            output: What the plain layer gave, or those of its units that the slot is for.
+            input: What the layer was given.
+        """
         as_laid_out = type(self).layout(self, slot.parameter).looked_up == slot.layout.looked_up
         if all(adapter.low_rank and not adapter.needs_weight for adapter in adapters):
+            if len(adapters) > 1 and not slot.layout.looked_up and not any(adapter.drops() for adapter in adapters):
+                return self.step(self, output, input, *_side_by_side(self, slot, adapters))
             for adapter in adapters:
                 output = adapter(_low_rank, self, slot, output, input)
         elif len(adapters) == 1 and adapters[0].low_rank and as_laid_out:
@@ -150,6 +166,30 @@ class Called(AdaptedLayer):
             for adapter in adapters:
                 output, weight = adapter(_dense, self, slot, output, input, weight)
         return output
+
+
+def started_factors(adapter: Adapter, layer: nn.Module, slot: Slot) -> tuple[Tensor, Tensor]:
+    """Return an adapter's factors, after what it takes from the weight; call it through the adapter.
+
+    Args:
+        adapter: The adapter.
+        layer: The layer that it sits on.
+        slot: Where in it.
+    """
+    if adapter.waits_for_weight:
+        adapter.start(slot.layout.matrix(dense_weight(layer, slot.parameter)))
+    return adapter.factors()
+
+
+def _side_by_side(layer: Called, slot: Slot, adapters: list[Adapter]) -> tuple[Tensor, Tensor, float]:
+    """Return the factors, and the factor on their product, of one adapter that changes what several change."""
+    scaling = adapters[0].scaling
+    ups, downs = zip(*(adapter(started_factors, layer, slot) for adapter in adapters), strict=True)
+    scaled = [
+        up if adapter.scaling == scaling else up * (adapter.scaling / scaling)
+        for up, adapter in zip(ups, adapters, strict=True)
+    ]
+    return torch.cat(scaled, -1), torch.cat(downs, -2), scaling
 
 
 def _low_rank(adapter: Adapter, layer: Called, slot: Slot, output: Tensor, input: Tensor) -> Tensor:
