@@ -33,6 +33,7 @@ class Adapter(nn.Module):
         low_rank: Whether ``factors`` and ``gain`` say all; if not, the class writes ``adapted``.
         needs_weight: Whether the change depends on the base's weight: there is a ``gain``, or it is not low-rank.
         waits_for_weight: Whether ``start_from`` is still to be called, once the base has its values.
+        shares_inputs: Whether its layer shares a cast of its input with others that are given the same one.
         is_shared: Whether this very module is in the place of every adapter that was dropped in its group.
     """
 
@@ -41,6 +42,7 @@ class Adapter(nn.Module):
     needs_weight: bool = False
     waits_for_weight: bool = False
     is_shared: bool = False
+    shares_inputs: bool = True
     method: Method
     scaling: float = 1.0
     dropout: float = 0.0

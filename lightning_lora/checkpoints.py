@@ -18,8 +18,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.description import base_weights, describe
+from lightning_lora.description import describe
 from lightning_lora.files import SECTION, AdapterError, some
+from lightning_lora.fingerprint import base_weights
 from lightning_lora.loading import adopt
 from lightning_lora.merge import check_not_merged, merge_
 from lightning_lora.resuming import Mismatch, check_same, read_whole, refit, restructure

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lightning_lora.shared_casts import shared_cast
+
 _FUSED_ON = ("cpu", "cuda", "xpu", "mps")
 _FUSED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ORDINARY = (Tensor, nn.Parameter)  # no subclasses, which have rules of their own
@@ -54,7 +56,15 @@ def fused_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float, d
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, scaling: float, dropout: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    share: bool = True,
 ) -> Tensor:
     """Return ``x @ (weight + scaling * up @ down).T + bias``: a frozen linear layer and its step as one node.
 
@@ -69,10 +79,11 @@ def fused_linear(
         down: (r, in).
         scaling: The factor on the low-rank term.
         dropout: Probability with which an element of the low-rank term's input is zeroed.
+        share: Whether a cast of ``x`` is shared with the layers that were just given it.
     """
     dtype = computed_in(x)
     if x.dtype != dtype:
-        x = x.to(dtype)
+        x = shared_cast(x, dtype) if share else x.to(dtype)
     # a parameter is there anyway and cast when needed; what was computed from some would be kept in full for that
     up, down = (factor if factor.is_leaf else _cast(factor, x) for factor in (up, down))
     return _applied(x, None, weight, bias, up, down, scaling, dropout)

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.candidates import Candidate
+from lightning_lora.frozen_dtype import store_frozen
 from lightning_lora.layers import kind_of, swap_layer, swap_readers
 from lightning_lora.layers.linear import AdaptedLinear
 from lightning_lora.layers.seam import Called, replaced_forward, unswap
@@ -43,6 +44,8 @@ def inject(
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     sharded: bool = False,
+    share_inputs: bool = True,
+    frozen_dtype: torch.dtype | None = None,
 ) -> list[Site]:
     """Adapt matrices of a model in place and freeze the rest; calling it again with the same arguments does nothing.
 
@@ -66,6 +69,10 @@ def inject(
         dtype: Floating-point type of the adapters; None takes fp32, or the layer's own where that is wider.
         sharded: Adapt weights that ``fully_shard`` has divided too. Adapters are whole on every process, and whoever
             trains them has to average their gradients, as the strategy ``lora_fsdp2`` does.
+        share_inputs: Under autocast, cast an input once for all layers that are given it one after the other, such as
+            q, k and v. This changes no result, unless something writes to an input between them through ``x.data``.
+        frozen_dtype: The dtype that autocast will compute in: frozen fp32 weights of linear layers are stored in it, so
+            that no step casts them or keeps a copy. Results stay the same, and the model then runs under autocast only.
 
     Returns:
         The sites of this task.
@@ -88,6 +95,7 @@ def inject(
     insert(model, [(one, methods[one.site.name]) for one in targets], task, seed=seed, dtype=dtype)
     join_shared(model, task)
     for site in sites(model, task):
+        site.adapter(task).shares_inputs = share_inputs
         if site.adapter(task).waits_for_weight and not is_sharded(site.weight):  # then at the first forward
             site.adapter(task).start(site.slot.layout.matrix(dense_weight(site.module, site.parameter)))
     for module, name in saved:
@@ -98,6 +106,8 @@ def inject(
             if bias == "all" or id(module) in adapted:
                 own = [name for name in module._parameters if "bias" in name and module._parameters[name] is not None]
                 mark_trained_in_full(module, own)
+    if frozen_dtype is not None:
+        store_frozen(model, frozen_dtype)
     return sites(model, task)
 
 

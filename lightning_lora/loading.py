@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_lora.adapter import SHARED
 from lightning_lora.candidates import Candidate, candidates
 from lightning_lora.description import (
-    base_weights,
     check_description,
     layouts_of,
     methods_of,
@@ -22,6 +21,7 @@ from lightning_lora.description import (
     tied_of,
 )
 from lightning_lora.files import AdapterError, some
+from lightning_lora.fingerprint import base_weights
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
 from lightning_lora.inject import check_task_name, insert
 from lightning_lora.layout import Layout

@@ -30,6 +30,7 @@ class Method(ABC):
     needs_total_steps: ClassVar[bool] = False
     refused: ClassVar[Mapping[str, str]] = {}  # options of other methods that cannot go with this one, and why
     restructures: bool = False  # whether training changes ranks, or which matrices have adapters of their own
+    writes_to_base: bool = False  # whether training writes to the base's weights, which then have to be in fp32
     averageable: ClassVar[Literal["all", "trained", "nothing"]] = "all"  # over which tensors steps can be averaged
 
     freezes_shared: ClassVar[bool] = False  # whether an adapter that several matrices share is not trained

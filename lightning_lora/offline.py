@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_lora import peft_format
 from lightning_lora.adapter import Adapter
 from lightning_lora.analysis import effective_rank, singular_values
-from lightning_lora.description import digest
 from lightning_lora.files import AdapterError, read_json, read_tensors, some
+from lightning_lora.fingerprint import digest
 from lightning_lora.fitting import fit_full_values, fit_to_weights
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lightning_lora import peft_format
 from lightning_lora.adapter import stored_factors
-from lightning_lora.description import base_weights, describe
+from lightning_lora.description import describe
 from lightning_lora.files import SCHEMA, AdapterError, some, to_bytes
+from lightning_lora.fingerprint import base_weights
 from lightning_lora.merge import check_not_merged
 from lightning_lora.sites import BaseWeight, Site, clean, join, named_submodules, relative, sites, tied_names
 from lightning_lora.state import own_entries, trained_in_full

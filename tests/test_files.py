@@ -29,8 +29,8 @@ from lightning_lora import (
     save_adapter,
     sites,
 )
-from lightning_lora.description import digest
 from lightning_lora.files import SCHEMA, SECTION, read_tensors, to_bytes
+from lightning_lora.fingerprint import digest
 from lightning_lora.state import trained_in_full
 from lightning_lora.whole_files import _exchange, write_file, write_folder
 

@@ -41,7 +41,7 @@ from lightning_lora import (
     sites,
     using,
 )
-from lightning_lora.description import base_weights
+from lightning_lora.fingerprint import base_weights
 from lightning_lora.gradient_stops import gradient_stops
 from lightning_lora.quantized import (
     awaits_quantization,

@@ -320,7 +320,7 @@ def test_a_folder_has_pefts_names_once() -> None:
 
 
 def saved(model: nn.Module, path: Path, only_names: bool = False) -> dict[str, Tensor]:
-    from lightning_lora.description import base_weights
+    from lightning_lora.fingerprint import base_weights
     from lightning_lora.saving import folder_contents
 
     files = folder_contents(model, model.state_dict(), "default", base_weights(sites(model)))

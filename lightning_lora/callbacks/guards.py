@@ -22,6 +22,7 @@ from lightning_lora.state import marked
 from lightning_lora.strategies.replication import ReplicatesAdapters
 
 _LINEAR = nn.Linear
+_AUTOCAST = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}  # the precision that computes in each
 _SHARDING = {
     "FSDPStrategy": ("it would gather the whole base for each checkpoint and divide adapters too", "lora_fsdp"),
     "ModelParallelStrategy": (
@@ -122,6 +123,32 @@ def plain_linear() -> Iterator[None]:
         yield
     finally:
         nn.Linear = replaced  # type: ignore[misc]
+
+
+def check_frozen_dtype(trainer: Trainer, dtype: str | None) -> None:
+    """Check that a run computes in the dtype that frozen weights are to be stored in.
+
+    Args:
+        trainer: The Trainer.
+        dtype: Its name; None leaves the weights as they are.
+
+    Raises:
+        ValueError: If it is unknown or not the one of autocast, or the base is to be divided over processes.
+    """
+    if dtype is None:
+        return
+    if dtype not in _AUTOCAST:
+        raise ValueError(f"frozen_dtype={dtype!r}: must be 'bfloat16' or 'float16', or left out")
+    if trainer.precision_plugin.precision != _AUTOCAST[dtype]:
+        raise ValueError(
+            f"frozen_dtype={dtype!r} is for precision={_AUTOCAST[dtype]!r}, whose products are computed in it, and the "
+            f"trainer has precision={trainer.precision_plugin.precision!r}: change one of them, or leave it out"
+        )
+    if isinstance(trainer.strategy, ReplicatesAdapters):
+        raise ValueError(
+            f"frozen_dtype={dtype!r} cannot go with {type(trainer.strategy).__name__}, which divides blocks of one "
+            f"dtype: leave it out and load the whole base in {dtype}, or take strategy='lora_ddp'"
+        )
 
 
 def check_scaled(trainer: Trainer, optimizer: Optimizer, method: str) -> None:

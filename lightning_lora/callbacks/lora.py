@@ -31,6 +31,7 @@ from lightning_lora.callbacks.dropping import check_droppable, drop_if_due, keep
 from lightning_lora.callbacks.guards import (
     check_base_untied,
     check_connected,
+    check_frozen_dtype,
     check_launcher,
     check_present,
     check_strategy,
@@ -80,6 +81,11 @@ class LoRACallback(Callback):
         lr_embedding: See there.
         weight_decay: Weight decay by role (A, B, ...) where it differs from the optimizer's.
         dtype: Floating-point type of the adapters; by default fp32, or wider where the layer is.
+        share_inputs: Under autocast, cast an input once for all layers that are given it one after the other, such as
+            q, k and v; no result changes.
+        frozen_dtype: With ``precision="bf16-mixed"`` or ``"16-mixed"``, store frozen fp32 weights of linear layers in
+            this dtype, so that no step casts them or keeps a copy. Results stay the same, and the module then runs
+            under autocast only.
         audit: Stop after the first batch if an adapter got no gradient, and after an epoch in which something wrote to
             the frozen weights.
         allow_base_mismatch: Resume although the checkpoint was trained on another base.
@@ -108,6 +114,8 @@ class LoRACallback(Callback):
         lr_embedding: float = LR_EMBEDDING,
         weight_decay: dict[Role, float] | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+        share_inputs: bool = True,
+        frozen_dtype: Literal["bfloat16", "float16"] | None = None,
         audit: bool = True,
         allow_base_mismatch: bool = False,
         resume_mismatch: Mismatch = "error",
@@ -133,6 +141,8 @@ class LoRACallback(Callback):
         self.lr_embedding = lr_embedding
         self.weight_decay = weight_decay
         self.dtype = dtype
+        self.share_inputs = share_inputs
+        self.frozen_dtype = frozen_dtype
         self.audit = audit
         self.allow_base_mismatch = allow_base_mismatch
         self.resume_mismatch = resume_mismatch
@@ -150,6 +160,7 @@ class LoRACallback(Callback):
         """Wait for the module to be whole: its own ``setup`` and ``configure_model`` come after this hook."""
         self._undo_all()
         check_strategy(trainer.strategy)
+        check_frozen_dtype(trainer, self.frozen_dtype)
         self._adapted_before = bool(sites(pl_module))
         self._replacements = Replacements(pl_module)
         self._wrap(pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, stage, build))
@@ -231,6 +242,8 @@ class LoRACallback(Callback):
             seed=int(seed) if seed is not None else 0,
             dtype=getattr(torch, self.dtype) if self.dtype is not None else None,
             sharded=isinstance(trainer.strategy, ReplicatesAdapters),
+            share_inputs=self.share_inputs,
+            frozen_dtype=getattr(torch, self.frozen_dtype) if self.frozen_dtype is not None else None,
         )
 
     def _configure_optimizers(self, trainer: Trainer, pl_module: LightningModule, build: Callable[[], Any]) -> Any:

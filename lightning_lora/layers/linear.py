@@ -164,7 +164,7 @@ def _with_base(adapter: Adapter, x: Tensor, weight: Tensor, bias: Tensor | None)
     up, down = adapter.factors()
     gain = adapter.gain(weight) if adapter.needs_weight else None
     if are_ordinary(up, down):
-        output = fused_linear(x, weight, bias, up, down, adapter.scaling, adapter.drops())
+        output = fused_linear(x, weight, bias, up, down, adapter.scaling, adapter.drops(), share=adapter.shares_inputs)
     else:
         output = low_rank_step(F.linear(x, weight, bias), adapter.dropped(x), up, down, adapter.scaling)
     return output if gain is None else with_gain(output, gain.squeeze(-1) - 1, bias)

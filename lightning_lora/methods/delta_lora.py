@@ -88,6 +88,11 @@ class DeltaLoRA(LoRA):
         """What steps can be averaged over: not the copy, which comes all at once, and no factors that W goes with."""
         return "nothing" if self.in_place else "trained"
 
+    @property
+    def writes_to_base(self) -> bool:  # type: ignore[override]
+        """Whether the base's share of the change is written to its weights."""
+        return self.in_place
+
     @override
     def kind(self) -> type[LoRAAdapter]:
         return DeltaLoRAAdapter

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.checkpoints import AdapterCheckpointIO
-from lightning_lora.description import note_base_weights
 from lightning_lora.files import SECTION
+from lightning_lora.fingerprint import note_base_weights
 from lightning_lora.loading import check_base
 from lightning_lora.sharding import is_sharded, spread, whole
 from lightning_lora.sites import clean, join, sites
