@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +26,8 @@ class _Last:
     cast: _Cast | None = None
 
     def forget(self, source: weakref.ref[Tensor]) -> None:
-        """Let go of the copy if it is still the one of this source."""
-        if self.cast is not None and self.cast.source is source:
-            self.cast = None
+        """Let go of the copy."""
+        self.cast = None
 
 
 class _Thread(threading.local):
@@ -59,7 +57,7 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
         needs_grad = torch.is_grad_enabled() and x.requires_grad
         return _Copied.apply(x, found.copy) if needs_grad else found.copy  # type: ignore[no-untyped-call]
     cast = x.to(dtype)
-    last.cast = _Cast(weakref.ref(x, partial(_Last.forget, last)), made_at, cast.detach())
+    last.cast = _Cast(weakref.ref(x, last.forget), made_at, cast.detach())
     return cast
 
 
