@@ -494,6 +494,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: adapted(fused={"first": ["q/k", "v"]})
         ),
     },
+    ("frozen_dtype", ValueError): {
+        "frozen_dtype=torch.float64: must be the dtype that autocast computes in, torch.bfloat16 or torch.float16": (
+            lambda: adapted(frozen_dtype=torch.float64)
+        ),
+    },
     ("inject", ValueError): {
         "bias='some': must be 'none', 'lora_only' or 'all'": lambda: adapted(bias="some"),
         "task='mein Deutsch': use 1 to 64 letters, digits, '_' or '-', and no attribute of a module, such as "
@@ -1110,6 +1115,14 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
     },
     ("callbacks/guards", ValueError): {
+        "frozen_dtype='half': must be 'bfloat16' or 'float16', or left out": lambda: fit(frozen_dtype="half"),
+        "frozen_dtype='bfloat16' is for precision='bf16-mixed', whose products are computed in it, and the trainer has "
+        "precision='32-true': change one of them, or leave it out": lambda: fit(frozen_dtype="bfloat16"),
+        "frozen_dtype='float16' cannot go with LoRAFSDP2Strategy, which divides blocks of one dtype: leave it out and "
+        "load the whole base in float16, or take strategy='lora_ddp'": lambda: check_frozen_dtype(
+            SimpleNamespace(precision_plugin=SimpleNamespace(precision="16-mixed"), strategy=LoRAFSDP2Strategy()),
+            "float16",
+        ),
         "in_place=True: net.second.weight is tied to net.tied.weight, which would change with it: adapt both, or use "
         "in_place=False": lambda: fit(Tied(), method=DeltaLoRA(in_place=True), target_modules=["first", "second"]),
         "AdamW with fused=True under precision='16-mixed' sees scaled gradients, and AdaLoRA has to look at true ones: "
