@@ -130,6 +130,7 @@ from lightning_lora.callbacks.averaging import check_divided
 from lightning_lora.callbacks.guards import (
     check_connected,
     check_frozen,
+    check_frozen_dtype,
     check_launcher,
     check_present,
     check_scaled,
