@@ -445,7 +445,8 @@ def test_dora_launches_and_keeps_exactly_this(dtype: torch.dtype, ahead: int, ba
     assert found[2] <= x_and(R, output=True)(dtype.itemsize) + per_unit
 
 
-def test_layers_that_share_their_input_keep_it_once() -> None:
+@pytest.mark.parametrize("amp", [False, True])
+def test_layers_that_share_their_input_keep_it_once(amp: bool, form: Callable[[str], None]) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -456,7 +457,8 @@ def test_layers_that_share_their_input_keep_it_once() -> None:
 
     model = Attention().requires_grad_(False)
     inject(model, LORA)
-    assert costs(model, draw(N, IN, dtype=torch.float32), False)[2] == 4 * N * (IN + 3 * R)
+    form("fused")
+    assert costs(model, draw(N, IN, dtype=torch.float32), amp)[2] == (2 if amp else 4) * N * (IN + 3 * R)
 
 
 def test_an_input_that_needs_no_gradient_gets_none_computed() -> None:
