@@ -62,9 +62,13 @@ class InputStatistics:
         """Take further rows into account.
 
         Args:
-            rows: (rows, in), or (n, rows, in) for a stack, in any floating-point type; half precision is widened.
+            rows: (rows, in), or (n, rows, in) for a stack, in any floating-point type; half precision is widened, also
+                under autocast.
         """
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        with torch.autocast(rows.device.type, enabled=False):
+            self._update(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+
+    def _update(self, rows: Tensor) -> None:
         self.count += rows.shape[-2]
         self.energy = self.energy.to(rows) + rows.square().sum((-2, -1))
         if self.exact:

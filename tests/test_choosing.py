@@ -151,6 +151,16 @@ def test_half_precision_is_widened() -> None:
     torch.testing.assert_close(share, by_svd(rows.float(), 2)[1])
 
 
+def test_autocast_narrows_nothing() -> None:
+    rows = torch.randn(40, 6)
+    inside, outside = (InputStatistics("layer.weight", (5, 6)) for _ in range(2))
+    outside.update(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.update(rows)
+    for ours, expected in zip((*inside.top(3), *inside.follow()), (*outside.top(3), *outside.follow()), strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_more_directions_than_are_known_are_refused() -> None:
     statistics = InputStatistics("layer.weight", (5, 6))
     with pytest.raises(ValueError, match="got no input"):
