@@ -57,7 +57,7 @@ def builders(case: Case) -> dict[str, Callable[[], nn.Module]]:
 
 
 def contender(build: Callable[[], nn.Module], case: Case, backend: str) -> Contender:
-    """Return a compiled contender that has run once, uncompiled, so that all that is made at the first call is there."""
+    """Return a compiled contender that has run once before, so that what is made at the first call is there."""
     torch.manual_seed(1)
     found = Contender(build(), BASE.draw(case.batch, case.tokens), case.regime)
     found.forward_and_backward()
@@ -89,22 +89,28 @@ def page(record: dict[str, Any]) -> str:
     linears = LAYERS * len(BASE.targets)
     broken = [[name, one["PEFT"], one["ours"]] for name, one in record["breaks"].items()]
     timed = [
-        [f"{one['method']}, {one['regime']}", f"{one['ratios']['floor'][1]:.2f}", ratio(one["ratios"]["ours"], best=True)]
+        [
+            f"{one['method']}, {one['regime']}",
+            f"{one['ratios']['floor'][1]:.2f}",
+            ratio(one["ratios"]["ours"], best=True),
+        ]
         for one in record["timed"]
     ]
-    slow = table(["step", "floor's time", "our time"], timed) if timed else "No C++ compiler was there to compile them.\n"
+    slow = (
+        table(["step", "floor's time", "our time"], timed) if timed else "No C++ compiler was there to compile them.\n"
+    )
     return f"""# Compiled steps beside PEFT's
 
-{LAYERS} gated feed-forward blocks, hidden size {HIDDEN}, inner size {INNER}, rank 16, adapters on all {linears} linear layers,
-under `torch.compile`. `python benchmarks/compiled.py` writes this page.
+{LAYERS} gated feed-forward blocks, hidden size {HIDDEN}, inner size {INNER}, rank 16, adapters on all {linears} linear
+layers, under `torch.compile`. `python benchmarks/compiled.py` writes this page.
 
 ## Graph breaks in a forward
 
 {table(["method", "PEFT", "ours"], broken)}
 ## Steps
 
-Compiled by inductor, {TIMED[0].batch} x {TIMED[0].tokens} tokens, AdamW outside of the graph: CPU time on one thread as a ratio to that
-of PEFT's compiled step of the same round, the median and the quartiles. The bar is 1.00.
+Compiled by inductor, {TIMED[0].batch} x {TIMED[0].tokens} tokens, AdamW outside of the graph: CPU time on one thread as
+a ratio to that of PEFT's compiled step of the same round, the median and the quartiles. The bar is 1.00.
 
 {slow}
 {footer(record)}"""

@@ -9,12 +9,12 @@ from typing import Any
 
 import peft
 import torch
-from peers import PEERS, adapt
 from torch import Tensor, nn
 
 from bases import Base, Batch, loss_of
 from lightning_lora import AdaLoRA, DoRA, LoRA, LoRAFA, Method, VeRA, inject
 from measuring import Kernels, by_turns, floating_point_operations, kept, peak_bytes, quartiles
+from peers import PEERS, adapt
 
 W32, W16, AMP, ALL16 = "fp32", "bf16 base, fp32 adapters", "bf16-mixed", "all bf16"
 REGIMES = {  # the dtype of the base, that of the adapters, whether autocast computes in bf16
@@ -133,13 +133,15 @@ class Contender:
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    def step(self) -> None:
-        """Train one step."""
-        self.forward().backward()
+    def step(self) -> Tensor:
+        """Train one step and return its loss."""
+        loss = self.forward()
+        loss.backward()
         self.batch[self.first].grad = None
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
+        return loss.detach()
 
     def counts(self) -> dict[str, int]:
         """Return what forward and backward cost: launches, bytes kept, traffic, operations, and bytes at the peak."""

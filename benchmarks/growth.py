@@ -43,12 +43,20 @@ class Point:
 
     def formula(self) -> dict[str, int]:
         """Return what LoRA adds to the floor: fp32, no dropout."""
-        rows, matrices = BATCH * self.tokens, self.layers * len(MATRICES) * self.active
-        ends = self.layers * self.active * sum(out + wide for out, wide in MATRICES)
-        return {
-            "operations": 3 * 2 * rows * self.rank * ends,  # z; then u, dx, dA and dB
-            "launches": 6 * matrices,  # two forward, four backward
+        n, r = BATCH * self.tokens, self.rank
+        matrices, ends = self.layers * len(MATRICES), self.layers * sum(out + wide for out, wide in MATRICES)
+        inputs = self.layers * (
+            2 * HIDDEN + INNER
+        )  # of q, k and v; of gate and up; of down: what attention keeps is there
+        found = {
+            "operations": 6 * n * r * ends * self.active,  # z; then u, dx, dA, dB
+            "kept": BYTES * n * (inputs + r * matrices * self.active),  # x once for all that share it; z
         }
+        if self.active > 1:  # the second and further ones are steps of their own around the layer
+            return found
+        factors = 3 * r * ends  # read forward and backward, their gradients written
+        moved = n * (4 * ends + 6 * r * matrices)  # x, y, y, dy, dy, dx, dx, x; z and u
+        return {**found, "launches": 6 * matrices, "traffic": BYTES * (moved + factors)}
 
 
 AXES: dict[str, list[Point]] = {
@@ -121,18 +129,22 @@ def page(record: dict[str, Any]) -> str:
         rows = [["CPU ms", *(f"{1000 * one:.3g}" for one in slopes(seconds_of)), "", "", ""]]
         formulas = [Point(**{name: point[name] for name in vars(Point())}).formula() for point in points]
         for what in (*QUANTITIES, "peak"):
-            by_formula = f"{slope(x, [one[what] for one in formulas]):,.0f}" if what in formulas[0] else ""
+            known = all(what in one for one in formulas)
+            by_formula = f"{slope(x, [one[what] for one in formulas]):,.0f}" if known else ""
             counts = [f"{one:,.0f}" for one in slopes(lambda point, who, what=what: point["counted"][who][what])]
-            rows.append([UNITS[what], *counts, f"{added(what, 'PEFT'):,.0f}", f"{added(what, 'ours'):,.0f}", by_formula])
+            rows.append(
+                [UNITS[what], *counts, f"{added(what, 'PEFT'):,.0f}", f"{added(what, 'ours'):,.0f}", by_formula]
+            )
         head = ["by one more", "floor", "PEFT", "ours", "PEFT adds", "ours adds", "by formula"]
         parts.append(f"## Against {SAID[axis]}\n\nAt {', '.join(map(str, x))}.\n\n{table(head, rows)}")
     return f"""# How a step grows
 
 LoRA in fp32 on all linear layers of a Llama-like model: {LAYERS} layers, hidden size {HIDDEN}, rank {RANK}, {BATCH} x
 {TOKENS} tokens, where an axis does not say otherwise. Numbers are slopes: what one more of the axis costs in a step, by
-the line with the least squared distance to the points. "Adds" is the slope of what is beyond the floor, the frozen model
-without adapters. By formula, LoRA makes 6 n r (in + out) operations for each matrix and n rows, and 6 launches.
-Attention makes the floor itself grow with the square of the tokens, so that these slopes hold over their range only.
+the line with the least squared distance to the points. "Adds" is the slope of what is beyond the floor, the frozen
+model without adapters. By formula, for each (out, in) matrix and n rows, LoRA makes 6 n r (in + out) operations in 6
+launches, moves 4 n (in + out) + 6 n r + 3 r (in + out) numbers, and keeps n r, and n in once for all layers that share
+their input. Attention makes the floor itself grow with the square of the tokens, so that its slopes hold over their range only.
 `python benchmarks/growth.py` writes this page and the plot.
 
 ![CPU time and bytes kept against each axis](growth.png)

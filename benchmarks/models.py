@@ -64,7 +64,10 @@ def page(record: dict[str, Any]) -> str:
                     seconds_of(found, "floor"),
                     ratio(found["ratios"]["ours"], best=True),
                     " / ".join(f"{one['forward']}+{one['backward']}" for one in counted),
-                    *(" / ".join(f"{one[what] / 2**20:.1f}" for one in counted) for what in ("kept", "peak", "traffic")),
+                    *(
+                        " / ".join(f"{one[what] / 2**20:.1f}" for one in counted)
+                        for what in ("kept", "peak", "traffic")
+                    ),
                 ]
             )
         head = ["model", "regime", "r", "batch x tokens", "floor's time", "our time"]
@@ -78,9 +81,9 @@ def page(record: dict[str, Any]) -> str:
     )
     return f"""# Steps of other models, sizes and regimes beside PEFT's
 
-LoRA on all layers of {LAYERS} blocks of width {HIDDEN} (convolutions: 64 channels). One axis is varied at a time around a
-centre of rank 16 and 2 x 256 tokens; the columns are those of [step.md](step.md), and counts stand as floor / PEFT /
-ours. Pixels and patches count as tokens. `python benchmarks/models.py` writes this page.
+LoRA on all layers of {LAYERS} blocks of width {HIDDEN} (convolutions: 64 channels). One axis is varied at a time
+around a centre of rank 16 and 2 x 256 tokens; the columns are those of [step.md](step.md), and counts stand as floor /
+PEFT / ours. Pixels and patches count as tokens. `python benchmarks/models.py` writes this page.
 
 {chr(10).join(parts)}
 ## Linear layers of other libraries

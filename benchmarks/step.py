@@ -51,9 +51,10 @@ class WithSchedule(Contender):
         super().__init__(model, batch, regime)
         self.schedules = method.schedules(sites(model), "default", total_steps=10_000)
 
-    def step(self) -> None:
-        """Train one step."""
-        self.forward().backward()
+    def step(self) -> torch.Tensor:
+        """Train one step and return its loss."""
+        loss = self.forward()
+        loss.backward()
         self.batch[self.first].grad = None
         assert self.optimizer is not None
         for schedule in self.schedules:
@@ -62,6 +63,7 @@ class WithSchedule(Contender):
         for schedule in self.schedules:
             schedule.after_step(self.optimizer)
         self.optimizer.zero_grad()
+        return loss.detach()
 
 
 def beside_lora(rounds: int) -> dict[str, Any]:
@@ -107,10 +109,11 @@ def page(record: dict[str, Any]) -> str:
 same weights and data for all. `python benchmarks/step.py` writes this page. The floor is the same frozen model without
 adapters, differentiated with respect to its input.
 
-Time is CPU time on one thread as a ratio to PEFT's of the same round: the median and the quartiles. The rest is counted,
-is the same on every machine, and stands as floor / PEFT / ours: launches (forward + backward, without the optimizer);
-MiB kept for the backward pass; MiB that were allocated at the peak of forward and backward beyond what was there before;
-MiB that all launches together read and wrote, where each reads its inputs and writes its results once; GFLOP of products and attention.
+Time is CPU time on one thread as a ratio to PEFT's of the same round: the median and the quartiles. The rest is
+counted, is the same on every machine, and stands as floor / PEFT / ours: launches (forward + backward, without the
+optimizer); MiB kept for the backward pass; MiB that forward and backward allocate at their peak beyond what was there
+before; MiB that all launches together read and write, where each reads its inputs and writes its results once; GFLOP of
+products and attention.
 
 {table(head, rows)}
 Bytes at the peak, ours to PEFT's, with a bf16 base: {"; ".join(peaks)}.
