@@ -19,7 +19,7 @@ test: .venv/dev.done
 campaigns: .venv/dev.done
 	$(BIN)/python tests/campaigns/run.py --long
 
-# One after the other, because each measures. Those of benchmarks/gpu need one.
+# One after the other, because each is timed. Those in benchmarks/gpu are not among them.
 BENCHMARKS := $(wildcard $(patsubst %,benchmarks/%.py,step models growth compiled costs many_adapters))
 bench: .venv/dev.done
 	set -e; for script in $(BENCHMARKS); do \

@@ -144,7 +144,8 @@ LoRA in fp32 on all linear layers of a Llama-like model: {LAYERS} layers, hidden
 the line with the least squared distance to the points. "Adds" is the slope of what is beyond the floor, the frozen
 model without adapters. By formula, for each (out, in) matrix and n rows, LoRA makes 6 n r (in + out) operations in 6
 launches, moves 4 n (in + out) + 6 n r + 3 r (in + out) numbers, and keeps n r, and n in once for all layers that share
-their input. Attention makes the floor itself grow with the square of the tokens, so that its slopes hold over their range only.
+their input. Attention makes the floor itself grow with the square of the tokens, so that its slopes hold over their
+range only.
 `python benchmarks/growth.py` writes this page and the plot.
 
 ![CPU time and bytes kept against each axis](growth.png)

@@ -175,7 +175,7 @@ def measured_with(remark: str = "") -> dict[str, Any]:
 
     versions = {"lightning_lora": lightning_lora, "PEFT": peft, "PyTorch": torch, "transformers": transformers}
     return {
-        "machine": f"{platform.machine()} {_processor()}".strip(),
+        "machine": f"{platform.machine()} {processor()}".strip(),
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
         "remark": remark,
@@ -183,7 +183,8 @@ def measured_with(remark: str = "") -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name where the system tells it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 

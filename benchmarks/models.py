@@ -6,13 +6,14 @@ One axis is varied at a time around a centre (LoRA of rank 16, 2 x 256 tokens): 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 import torch
 
 from bases import bert, convolutions, encoder, gpt2, llama, vit
 from contenders import REGIMES, W16, W32, Case, compare
-from measuring import footer, measured_with, ratio, table, write
+from measuring import RESULTS, footer, measured_with, ratio, table, write
 from peers import installed
 
 LAYERS, HIDDEN, HEADS = 2, 256, 8
@@ -49,8 +50,13 @@ def seconds_of(found: dict[str, Any], who: str) -> str:
     return f"{found['ratios'][who][1]:.2f}" if who in found["ratios"] else "does not run"
 
 
-def page(record: dict[str, Any]) -> str:
-    """Return the page of what was measured."""
+def page(record: dict[str, Any], asked_for: int) -> str:
+    """Return the page of what was measured.
+
+    Args:
+        record: What is kept.
+        asked_for: How many cases are to be measured in all.
+    """
     parts = []
     for title, cases in record["sections"].items():
         rows = []
@@ -72,18 +78,21 @@ def page(record: dict[str, Any]) -> str:
             )
         head = ["model", "regime", "r", "batch x tokens", "floor's time", "our time"]
         head += ["launches", "MiB kept", "MiB at the peak", "MiB of traffic"]
-        parts.append(f"## {title}\n\n{table(head, rows)}")
+        if rows:
+            parts.append(f"## {title}\n\n{table(head, rows)}")
     ran = [found for cases in record["sections"].values() for found in cases if found["failed"]]
     failed = "".join(
         f"- {found['base']}, {found['regime']}: {who}, {error}\n"
         for found in ran
         for who, error in found["failed"].items()
     )
+    measured = sum(map(len, record["sections"].values())) + len(record["peers"])
     return f"""# Steps of other models, sizes and regimes beside PEFT's
 
 LoRA on all layers of {LAYERS} blocks of width {HIDDEN} (convolutions: 64 channels). One axis is varied at a time
 around a centre of rank 16 and 2 x 256 tokens; the columns are those of [step.md](step.md), and counts stand as floor /
-PEFT / ours. Pixels and patches count as tokens. `python benchmarks/models.py` writes this page.
+PEFT / ours. Pixels and patches count as tokens. `python benchmarks/models.py` writes this page; {measured} of
+{asked_for} cases are on it{", and `--resume` goes on" * (measured < asked_for)}.
 
 {chr(10).join(parts)}
 ## Linear layers of other libraries
@@ -97,7 +106,7 @@ The same Llama-like model with their layers in the place of PEFT's, all in the s
 
 def peers_table(record: dict[str, Any]) -> str:
     """Return the section on other libraries."""
-    if not record["peers"]:
+    if all(record["installed"].values()):
         missing = "; ".join(f"{name}: {why}" for name, why in record["installed"].items())
         return f"None is installed here ({missing}).\n"
     names = [name for name, why in record["installed"].items() if not why]
@@ -110,21 +119,24 @@ def peers_table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--resume", action="store_true", help="go on behind the last case that is on record")
     parser.add_argument("--remark", default="", help="what else was going on, for the page")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sections: dict[str, list[dict[str, Any]]] = {}
-    for title, cases in SECTIONS.items():
-        sections[title] = []
-        for asked in cases:
-            rounds = min(options.rounds, 3) if asked.batch * asked.tokens > 4096 else options.rounds
-            sections[title].append(compare(BASES[asked.base], asked, rounds))
-            print(f"{asked.base}, {asked}: {seconds_of(sections[title][-1], 'ours')}", flush=True)
     there = installed()
     names = [name for name, why in there.items() if not why]
-    peers = [compare(BASES[CENTRE], on(regime=regime), options.rounds, names) for regime in REGIMES] if names else []
-    record = {"sections": sections, "peers": peers, "installed": there, **measured_with(options.remark)}
-    write("models", record, page(record))
+    record: dict[str, Any] = {"sections": {title: [] for title in SECTIONS}, "peers": [], "installed": there}
+    if options.resume:
+        record = json.loads((RESULTS / "models.json").read_text())
+    todo = [(record["sections"][title], asked, ()) for title, cases in SECTIONS.items() for asked in cases]
+    todo += [(record["peers"], on(regime=regime), names) for regime in REGIMES if names]
+    done = sum(map(len, record["sections"].values())) + len(record["peers"])
+    for into, asked, peers in todo[done:]:
+        rounds = min(options.rounds, 3) if asked.batch * asked.tokens > 4096 else options.rounds
+        into.append(compare(BASES[asked.base], asked, rounds, peers))
+        print(f"{asked.base}, {asked}: {seconds_of(into[-1], 'ours')}", flush=True)
+        record |= measured_with(options.remark)
+        write("models", record, page(record, len(todo)))
 
 
 if __name__ == "__main__":

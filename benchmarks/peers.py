@@ -1,7 +1,7 @@
 """Linear layers with LoRA of other libraries, where these are installed; nothing of theirs is here.
 
-torchtune's cannot be among them: its last version (0.6.1) imports ``torchao.dtypes.nf4tensor``, which torchao 0.12 and
-later lack, and PEFT stops where it finds a torchao before 0.16, so no process can hold both.
+torchtune's cannot be among them: its last version (0.6.1) imports beside torchao 0.9 but not beside 0.12 or 0.18, and
+PEFT 0.21 stops where it finds a torchao before 0.16, so no process can hold both.
 """
 
 from __future__ import annotations
