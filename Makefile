@@ -4,7 +4,7 @@ METHOD ?= lora
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test campaigns clean
+.PHONY: demo test campaigns bench clean
 
 demo: .venv/demo.done
 	$(BIN)/python examples/debian_sections/demo.py $(METHOD) --seed $(SEED)
@@ -18,6 +18,12 @@ test: .venv/dev.done
 
 campaigns: .venv/dev.done
 	$(BIN)/python tests/campaigns/run.py --long
+
+# One after the other, because each is timed. Those in benchmarks/gpu are not among them.
+BENCHMARKS := $(wildcard $(patsubst %,benchmarks/%.py,step models growth compiled costs many_adapters))
+bench: .venv/dev.done
+	set -e; for script in $(BENCHMARKS); do \
+		OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=99 $(BIN)/python $$script; done
 
 .venv/torch.done: constraints.txt
 	$(PYTHON) -m venv .venv

@@ -17,11 +17,11 @@ from typing import Any
 
 import peft
 import torch
-from step import RESULTS, Launches, processor
 from torch import Tensor, nn
 
 import lightning_lora
 from lightning_lora import LoRA, inject, per_example, sites, use
+from measuring import RESULTS, Kernels, processor
 
 WIDTH, RANK, ROWS, ACTIVE = 1024, 16, 64, 8
 CASES = [(tasks, tokens) for tokens in (1, 32) for tasks in (1, 4, 16, 64)]
@@ -70,9 +70,9 @@ def compared(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, An
             seconds[who].append(time.process_time() - before)
     launches = {}
     for who, run in runs.items():
-        with Launches() as counted:
+        with Kernels() as counted:
             run()
-        launches[who] = counted.count
+        launches[who] = counted.launches
     over = {
         who: statistics.median(1e3 * (a - b) for a, b in zip(values, seconds[BASE], strict=True))
         for who, values in seconds.items()

@@ -95,7 +95,7 @@ def test_every_make_target_that_the_readme_names_exists():
     targets = {
         line.split()[1] for block in snippets("README.md", "bash") for line in block.splitlines() if "make" in line
     }
-    assert targets == {"demo", "test"}
+    assert targets == {"demo", "test", "bench"}
     for target in targets:
         run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False)
         assert run.returncode == 0

@@ -1,0 +1,126 @@
+"""In whole training steps adapters launch, keep and move no more than they do now: a guard that counts and never times.
+
+Counted is what a step has beyond that of the same frozen model without adapters. If a change lowers a count these tests
+pass: lower its number here then, so that it stays low. Raise one only for a change that is worth it, and say why there.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import LoRA, LoRAFA, Method, VeRA, inject, known_methods
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from bases import Base, encoder, gpt2, llama, loss_of
+from measuring import Kernels, kept
+
+BASES = {"Llama": llama(1, 32, 48, heads=4, key_heads=2), "GPT-2": gpt2(1, 32, heads=4), "encoder": encoder(1, 32, 4)}
+METHODS: dict[str, Method] = {
+    "LoRA": LoRA(r=4),
+    "DoRA": known_methods()["DoRA"]().at(4, 8.0),
+    "LoRA-FA": LoRAFA(r=4),
+    "AdaLoRA": known_methods()["AdaLoRA"]().at(4, 8.0),
+    "VeRA": VeRA(r=8),
+}
+BATCH, TOKENS = 2, 32  # 64 rows: enough for the fused form
+
+
+class Count(NamedTuple):
+    """Launches of the forward and of the backward pass, bytes kept in between, bytes read and written."""
+
+    forward: int
+    backward: int
+    kept: int
+    traffic: int
+
+
+def built(base: Base, method: Method | None, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = base.build().to(dtype).requires_grad_(False).train()
+    if method is not None:
+        inject(model, method, base.names(model))
+    batch = base.draw(BATCH, TOKENS)
+    first = next(iter(batch))
+    return model, {**batch, first: batch[first].to(dtype).requires_grad_()}
+
+
+@cache
+def count(base: str, method: str | None, dtype: torch.dtype) -> Count:
+    model, batch = built(BASES[base], METHODS[method] if method else None, dtype)
+    loss_of(model(**batch)).backward()  # what is made at the first call only
+    with Kernels() as ahead, kept(model.parameters()) as bytes_kept:
+        loss = loss_of(model(**batch))
+    with Kernels() as back:
+        loss.backward()
+    return Count(ahead.launches, back.launches, sum(bytes_kept.values()), ahead.traffic + back.traffic)
+
+
+def added(base: str, method: str, dtype: torch.dtype) -> Count:
+    both = zip(count(base, method, dtype), count(base, None, dtype), strict=True)
+    return Count(*(adapted - floor for adapted, floor in both))
+
+
+AT_MOST = {
+    ("Llama", "LoRA", torch.float32): Count(14, 42, 35_840, 562_688),
+    ("Llama", "LoRA", torch.bfloat16): Count(28, 70, 17_920, 325_888),
+    ("Llama", "DoRA", torch.float32): Count(98, 84, 95_200, 1_329_716),
+    ("Llama", "DoRA", torch.bfloat16): Count(119, 119, 48_608, 792_628),
+    ("Llama", "LoRA-FA", torch.float32): Count(14, 28, 7_168, 478_720),
+    ("Llama", "LoRA-FA", torch.bfloat16): Count(28, 49, 3_584, 272_384),
+    ("Llama", "AdaLoRA", torch.float32): Count(21, 70, 39_680, 594_080),
+    ("Llama", "AdaLoRA", torch.bfloat16): Count(35, 91, 19_840, 351_520),
+    ("Llama", "VeRA", torch.float32): Count(28, 70, 21_504, 622_144),
+    ("Llama", "VeRA", torch.bfloat16): Count(42, 84, 10_752, 405_568),
+    ("GPT-2", "LoRA", torch.float32): Count(8, 24, 53_248, 598_016),
+    ("GPT-2", "LoRA", torch.bfloat16): Count(16, 40, 26_624, 348_160),
+    ("GPT-2", "DoRA", torch.float32): Count(64, 60, 129_568, 1_864_912),
+    ("GPT-2", "DoRA", torch.bfloat16): Count(76, 80, 66_080, 1_110_672),
+    ("GPT-2", "LoRA-FA", torch.float32): Count(8, 16, 4_096, 522_240),
+    ("GPT-2", "LoRA-FA", torch.bfloat16): Count(16, 28, 2_048, 299_520),
+    ("GPT-2", "AdaLoRA", torch.float32): Count(12, 40, 56_832, 627_072),
+    ("GPT-2", "AdaLoRA", torch.bfloat16): Count(20, 52, 28_416, 371_840),
+    ("GPT-2", "VeRA", torch.float32): Count(16, 40, 17_408, 677_376),
+    ("GPT-2", "VeRA", torch.bfloat16): Count(24, 48, 8_704, 451_584),
+    ("encoder", "LoRA", torch.float32): Count(11, 24, 34_816, 634_880),
+    ("encoder", "LoRA", torch.bfloat16): Count(17, 34, 17_408, 480_256),
+    ("encoder", "DoRA", torch.float32): Count(61, 54, 94_752, 1_600_208),
+    ("encoder", "DoRA", torch.bfloat16): Count(69, 66, 56_864, 1_154_448),
+    ("encoder", "LoRA-FA", torch.float32): Count(11, 16, 26_624, 559_104),
+    ("encoder", "LoRA-FA", torch.bfloat16): Count(17, 24, 13_312, 423_424),
+    ("encoder", "AdaLoRA", torch.float32): Count(15, 40, 38_400, 663_936),
+    ("encoder", "AdaLoRA", torch.bfloat16): Count(21, 48, 19_712, 505_472),
+    ("encoder", "VeRA", torch.float32): Count(19, 40, 33_792, 701_952),
+    ("encoder", "VeRA", torch.bfloat16): Count(25, 46, 16_896, 566_272),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 base"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", BASES)
+def test_adapters_add_at_most_what_they_add_now(base: str, method: str, dtype: torch.dtype) -> None:
+    found, most = added(base, method, dtype), AT_MOST[base, method, dtype]
+    worse = [name for name, one, bound in zip(Count._fields, found, most, strict=True) if one > bound]
+    assert not worse, f"{found} where {most} is known to be possible"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it on a block's input
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", BASES)
+def test_a_block_compiles_into_one_graph(base: str, method: str) -> None:
+    torch._dynamo.reset()
+    model, batch = built(BASES[base], METHODS[method], torch.float32)
+    expected = loss_of(model(**batch))
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    for block in blocks:
+        block.compile(backend="eager", fullgraph=True)  # a graph break is an error
+    loss = loss_of(model(**batch))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
