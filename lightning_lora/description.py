@@ -131,6 +131,11 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
         raise AdapterError(
             f"{path}: field 'save' of its description is {save!r}, where an object with the names of files is expected"
         )
+    weights = described.get("weights", {})
+    if not isinstance(weights, dict) or not _are_names(list(weights.values())):
+        raise AdapterError(
+            f"{path}: field 'weights' of its description is {weights!r}, where an object of digests is expected"
+        )
     if not isinstance(described.get("not_for_peft"), str | None):
         raise AdapterError(
             f"{path}: field 'not_for_peft' of its description is {described['not_for_peft']!r}, where a sentence is "
@@ -269,11 +274,13 @@ def _noted(site: Site) -> BaseWeight | None:
 
 def _base_weight(site: Site) -> BaseWeight:
     size = (kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)
-    return BaseWeight(digest(_base_values(site)), tuple(size))
+    return BaseWeight(digest(base_values(site)), tuple(size))
 
 
-def _base_values(site: Site) -> Tensor | None:
-    values = identifying_values(site.module, site.parameter)
+def base_values(site: Site) -> Tensor | None:
+    """Return a base parameter's or buffer's values, without what a task wrote to it; None if there are none."""
+    buffer = site.module._buffers.get(site.parameter)
+    values = identifying_values(site.module, site.parameter) if buffer is None else buffer
     for slot in slots_at(site.module, site.parameter):
         values = values if values is None else slot.unwritten(values)
     return values

@@ -55,12 +55,14 @@ from lightning_lora import (
     AdapterError,
     LoRA,
     LoRACallback,
+    fingerprint,
     inject,
     load_adapter,
     load_from_checkpoint,
     merged,
     offline,
     save_adapter,
+    sites,
 )
 from lightning_lora.checkpoints import AdapterCheckpointIO
 from lightning_lora.files import MAX_HEADER_BYTES, read_tensors, to_bytes
@@ -422,6 +424,94 @@ def test_f1_a_head_that_was_not_copied_along_is_missed_unless_only_the_network_i
     with pytest.raises(AdapterError, match=r"trained_in_full.safetensors is missing: copy it too"):
         load_adapter(Whole(), tmp_path / "a")
     assert load_adapter(Whole().net, tmp_path / "a")
+
+
+class Sparse(nn.Module):
+    """A base of which most is not adapted, and the adapted weight is larger than the samples of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.words, self.norm = nn.Embedding(5, 96), nn.BatchNorm1d(96)
+        self.body, self.out = nn.Linear(96, 96), nn.Linear(96, 5, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.body(self.norm(self.words(x))))
+
+
+def with_one_bit_flipped(name: str) -> Sparse:
+    """A base with another last bit in one value, which lies between the blocks that are sampled."""
+    model = Sparse()
+    value = model.state_dict()[name].view(-1)[100 if name == "body.weight" else -1 :][:1]
+    value.copy_(value + 1 if value.dtype == torch.int64 else (value.view(torch.int32) ^ 1).view(torch.float32))
+    return model
+
+
+def saved_with_a_fingerprint_of(kind: Any, path: Path) -> Path:
+    model = Sparse()
+    inject(model, LoRA(r=1), ["body"], seed=0)
+    save_adapter(model, path, fingerprint=kind)
+    return path
+
+
+@pytest.mark.parametrize("name", Sparse().state_dict())
+def test_f3_one_flipped_bit_anywhere_in_the_base_is_seen_by_the_full_fingerprint(name: str, tmp_path: Path) -> None:
+    saved_with_a_fingerprint_of("full", tmp_path / "full")
+    load_adapter(Sparse(), tmp_path / "full")
+    other = with_one_bit_flipped(name)
+    both = 2 if name in ("words.weight", "out.weight") else 1  # they are tied
+    with pytest.raises(AdapterError, match=f"trained on another base: {both} of all its 9 weights differ .*{name}"):
+        load_adapter(other, tmp_path / "full")
+    assert not sites(other)
+    load_adapter(other, tmp_path / "full", allow_base_mismatch=True)
+    load_adapter(with_one_bit_flipped(name), saved_with_a_fingerprint_of("sampled", tmp_path / "sampled"))
+
+
+def test_f3_the_same_values_in_a_wider_type_are_the_same_base_and_rounded_ones_are_not(tmp_path: Path) -> None:
+    model = Sparse().bfloat16()
+    inject(model, LoRA(r=1), ["body"], seed=0)
+    save_adapter(model, tmp_path / "narrow", fingerprint="full")
+    load_adapter(Sparse().bfloat16().float(), tmp_path / "narrow")
+    saved_with_a_fingerprint_of("full", tmp_path / "wide")
+    with pytest.raises(AdapterError, match="in that precision"):
+        load_adapter(Sparse().bfloat16(), tmp_path / "wide")
+
+
+def test_f3_the_full_fingerprint_is_in_checkpoints_and_their_folders_and_is_taken_once_in_a_run(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    digest = fingerprint.full_digest
+    monkeypatch.setattr(fingerprint, "full_digest", lambda weight: read.append(weight.numel()) or digest(weight))
+    options = {"target_modules": ["first"], "fingerprint": "full"}
+    run = trainer(callbacks=[LoRACallback(**options)])
+    run.fit(Lit(), loader())
+    for _ in range(3):
+        run.save_checkpoint(path := tmp_path / "a.ckpt")
+    assert sum(read) == sum(p.numel() for p in Lit().parameters())
+
+    class Other(Lit):
+        def build(self) -> nn.Module:
+            net = super().build()
+            with torch.no_grad():
+                net.second.bias[0] += 1e-6
+            return net
+
+    for given in (options, options | {"fingerprint": "sampled", "resume_mismatch": "resize"}):
+        trainer(callbacks=[LoRACallback(**given)], max_epochs=2).fit(Lit(), loader(), ckpt_path=path)
+        with pytest.raises(AdapterError, match=r"1 of all its 4 weights differ \(net.second.bias\)"):
+            trainer(callbacks=[LoRACallback(**given)], max_epochs=2).fit(Other(), loader(), ckpt_path=path)
+    load_from_checkpoint(Lit, path)
+    with pytest.raises(AdapterError, match=r"net.second.bias"):
+        load_from_checkpoint(Other, path)
+    load_from_checkpoint(Other, path, allow_base_mismatch=True)
+    for cls in (Other, lambda: Other().net):
+        with pytest.raises(AdapterError, match=r"second.bias"):
+            load_adapter(cls(), tmp_path / "a.adapter")
+    torch.save(Other().net.state_dict(), tmp_path / "base.pt")
+    with pytest.raises(AdapterError, match=r"second.bias is not what .*a.adapter was trained on"):
+        offline.merge(tmp_path / "a.adapter", tmp_path / "base.pt", tmp_path / "merged.pt")
 
 
 def test_f4_files_of_different_saves_are_told_apart(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ from lightning_lora.callbacks.guards import (
 from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.derived_groups import split
 from lightning_lora.files import parse_json, read_json, read_tensors
+from lightning_lora.fingerprint import full_digest
 from lightning_lora.importance import importances
 from lightning_lora.input_statistics import InputStatistics, input_statistics
 from lightning_lora.layout import Layout
@@ -738,6 +739,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "best.adapter: its description says {'alpha': 4, 'base': 7, 'form': 'linear', 'r': 2, 'size': [8, 4]} of "
         "first.weight, which no save writes: save it again": lambda: load_adapter(net(), changed(site={"base": 7})),
+        "best.adapter: field 'weights' of its description is 7, where an object of digests is expected": (
+            lambda: load_adapter(net(), changed(weights=7))
+        ),
         "best.adapter: field 'save' of its description is 7, where an object with the names of files is expected": (
             lambda: load_adapter(net(), changed(save=7))
         ),
@@ -827,6 +831,19 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: [
                 *inspect(changed({f"{FIRST}lora_embedding_A": torch.ones(2)}, model=net(first=nn.Embedding(4, 8))))
             ]
+        ),
+    },
+    ("fingerprint", ValueError): {
+        "fingerprint='all': must be 'sampled' or 'full'": (
+            lambda: save_adapter(adapted(), "best.adapter", fingerprint="all")  # type: ignore[arg-type]
+        ),
+    },
+    ("fingerprint", AdapterError): {
+        "best.adapter: trained on another base: 1 of all its 2 weights differ (second.bias). Load the base that it was "
+        "trained on, in that precision, or pass allow_base_mismatch=True": (
+            lambda: load_adapter(
+                net(), changed(weights={"first.bias": full_digest(net().first.bias), "second.bias": "0"})
+            )
         ),
     },
     ("loading", AdapterError): {
@@ -1121,6 +1138,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "first is a DistributedDataParallel before its adapters came, so every process would train adapters of "
         "its own: wrap nothing in configure_model and use strategy='ddp', or 'lora_fsdp' to divide the base": (
             lambda: check_unwrapped(net(first=type("DistributedDataParallel", (nn.Linear,), {})(4, 8)))
+        ),
+        "fingerprint='full' under LoRAFSDP2Strategy: no process has the whole base when it saves: leave it out, and "
+        "write the folder in one process with save_adapter(model, folder, fingerprint='full')": (
+            lambda: check_strategy(LoRAFSDP2Strategy(), "full")
         ),
         "strategy=FSDPStrategy: it would gather the whole base for each checkpoint and divide adapters too: use "
         "strategy='lora_fsdp'": lambda: check_strategy(strategy("FSDPStrategy")),
