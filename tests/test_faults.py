@@ -207,7 +207,13 @@ HEADERS = {
     "a shape of 10 ** 18": header(f"{{{at(0, 4, shape=[10**18])}}}", bytes(4)),
     "a shape that overflows": header(f"{{{at(0, 4, shape=[2**62, 8])}}}", bytes(4)),
     "a type that is unknown": header(f"{{{at(0, 4, dtype='F7')}}}", bytes(4)),
+    "a name twice, as two tensors": header(f"{{{at(0, 4)}, {at(4, 8)}}}", bytes(8)),
+    "no metadata where there is a place for it": header(f'{{"__metadata__": null, {at(0, 4)}}}', bytes(4)),
+    "an end that is text": header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}}', bytes(4)),
+    "an end that is not there": header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}', bytes(4)),
+    "a tensor that is a list": header('{"a": [1]}', bytes(4)),
     "nesting": header("[" * 100_000),
+    "objects in objects": header('{"a": ' * 100_000),
     "no text": header(b"\xff" * 64),
 }
 
@@ -216,6 +222,35 @@ HEADERS = {
 def test_s2_a_header_that_cannot_be_is_refused_without_taking_memory(name: str, folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(HEADERS[name])
     refused(folder)  # imports and caches are filled
+    tracemalloc.start()
+    refused(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_s2_a_name_that_is_there_twice_is_refused_wherever_it_is(name: str, folder: Path) -> None:
+    """Readers differ in which of the two they take, so what one checks another would not load."""
+    by_peft(folder)
+    content = (folder / name).read_bytes()
+    if name == WEIGHTS:
+        start = 8 + struct.unpack("<Q", content[:8])[0]
+        text = content[8:start].rstrip()
+        content = header(text[:-1] + b", " + text.lstrip()[1:], content[start:])
+    else:
+        content = content.replace(b'"r": 2', b'"r": 2, "r": 3')
+    (folder / name).write_bytes(content)
+    assert "is in it twice" in refused(folder)
+
+
+@posix
+@pytest.mark.parametrize("text", ["{}", f"{{{at(0, 4)}}}", "{", f"{{{at(0, 4)}, {at(0, 4)}}}"])
+def test_s2_of_a_file_no_more_is_read_than_its_header_accounts_for(text: str, folder: Path) -> None:
+    """The rest is a hole of 8 GiB."""
+    (folder / WEIGHTS).write_bytes(header(text))
+    os.truncate(folder / WEIGHTS, 2**33)
+    refused(folder)
     tracemalloc.start()
     refused(folder)
     _, peak = tracemalloc.get_traced_memory()

@@ -156,6 +156,7 @@ from lightning_lora.strategies.blocks import blocks_of, kept_whole
 from lightning_lora.strategies.ddp import LoRADDPStrategy
 from lightning_lora.whole_files import write_file, write_folder
 
+HEADER = b"\x27" + bytes(7) + b'{"a": {"data_offsets": [0, %d], "x": 0}}'
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/lora", ValueError): {
         "lora_bias=True is not supported, because it computes something else than plain LoRA: merge it into the "
@@ -692,8 +693,15 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\xff" * 16).parent)
         ),
         "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: Error while deserializing: "
-        "invalid JSON in header: EOF while parsing a value at line 1 column 0": (
-            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\x00" * 16).parent)
+        "invalid JSON in header: ...": (
+            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", HEADER % 0).parent)
+        ),
+        "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: it has 47 bytes where its header "
+        "accounts for 55": (
+            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", HEADER % 8).parent)
+        ),
+        "best.adapter/adapter_config.json: not readable as JSON: 'r' is in it twice": (
+            lambda: parse_json('{"r": 2, "r": 3}', "best.adapter/adapter_config.json")
         ),
         "best.adapter/adapter_model.safetensors: base_model.model.first.lora_A.weight holds values that are not "
         "finite; the run that wrote it had diverged: take an earlier save": (
