@@ -166,7 +166,7 @@ def _doubles(fields: Mapping[str, Any]) -> bool:
 
 def _is_older(fields: Mapping[str, Any], version: str, or_equal: bool = False) -> bool:
     """Tell whether a config is by an older PEFT than this; before 0.18 they do not write their number."""
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version")))
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", str(fields.get("peft_version")))
     if found is None:
         return True
     one, other = tuple(map(int, found.groups())), tuple(map(int, version.split(".")))

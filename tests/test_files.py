@@ -745,6 +745,12 @@ def test_a_new_file_has_the_mode_of_the_umask_and_a_replaced_one_keeps_its_own(u
         (tmp_path / "file").chmod(0o640)
         write_file(tmp_path / "file", lambda file: file.write(b"new"))
         assert mode(tmp_path / "file") == 0o640
+        for path, bits in {"folder/a": 0o664, "folder": 0o2775}.items():
+            (tmp_path / path).chmod(bits)
+        write_folder(tmp_path / "folder", {"a": b"new", "sub/b": b"new"})
+        assert mode(tmp_path / "folder" / "a") == 0o664
+        assert (tmp_path / "folder").stat().st_mode & 0o7777 == 0o2775
+        assert mode(tmp_path / "folder" / "sub" / "b") == 0o666 & ~umask
         assert (tmp_path / "file").read_bytes() == b"new"
     finally:
         os.umask(before)
