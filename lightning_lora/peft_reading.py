@@ -45,6 +45,10 @@ def read_config(fields: Mapping[str, Any], path: object) -> Method:
             method = cls.from_peft(fields)
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path}: {error}") from None
+        if method is not None and "lora_alpha" in (method.peft_config() or {}) and "lora_alpha" not in fields:
+            raise AdapterError(
+                f"{path}: its config has no lora_alpha, so the scale is not known: add what was trained with"
+            )
         if method is not None:
             return method
     kinds = {config["peft_type"] for cls in known_methods().values() if (config := cls().peft_config())}
@@ -123,6 +127,9 @@ def _layer(
     else:
         down = tensors[f"{owner}.lora_A.weight"]
         form = ConvolutionForm if down.dim() > 2 else Form
+    r = down.shape[0] if down.dim() else 0
+    if r not in (0, method.r) and not fields.get("rank_pattern"):
+        raise ValueError(f"r={method.r} in the config, {r} in the tensors: the files are of different saves")
     outer, _, child = owner.rpartition(".base_layer.")
     in_attention = child == "out_proj" and f"{outer}.lora_A.weight" in tensors
     in_attention = in_attention and not _target_parameters(fields, _parent(module))
@@ -130,7 +137,7 @@ def _layer(
     if in_attention and _doubles(fields):
         alpha *= 2
     parameter = "in_proj_weight" if f"{owner}.base_layer.out_proj.lora_A.weight" in tensors else "weight"
-    return join(module, parameter), (method.at(down.shape[0] if down.dim() else 0, alpha), Stored(owner, form))
+    return join(module, parameter), (method.at(r, alpha), Stored(owner, form))
 
 
 def _owners(tensors: Iterable[str]) -> dict[str, list[str]]:

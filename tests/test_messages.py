@@ -91,6 +91,7 @@ from triggers import (
     two_tables,
     while_merged,
     with_attribute,
+    without_alpha,
     without_config,
     without_file,
     without_matplotlib,
@@ -776,6 +777,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "r=8": lambda: load_adapter(net(), changed(site={"r": 0})),
     },
     ("peft_reading", AdapterError): {
+        "best.adapter: its config has no lora_alpha, so the scale is not known: add what was trained with": (
+            lambda: load_adapter(net(), without_alpha(by_peft()))
+        ),
+        "best.adapter: first: r=4 in the config, 2 in the tensors: the files are of different saves": (
+            lambda: load_adapter(net(), by_peft(r=4))
+        ),
         "best.adapter: peft_type='IA3' is not supported; known: ...": (
             lambda: load_adapter(net(), by_peft(peft_type="IA3"))
         ),
