@@ -127,9 +127,11 @@ def _layer(
     else:
         down = tensors[f"{owner}.lora_A.weight"]
         form = ConvolutionForm if down.dim() > 2 else Form
-    r = down.shape[0] if down.dim() else 0
+    r = next(iter(down.shape), 0)
     if r not in (0, method.r) and not fields.get("rank_pattern"):
-        raise ValueError(f"r={method.r} in the config, {r} in the tensors: the files are of different saves")
+        raise ValueError(
+            f"r={method.r} in the config, {down.shape[0]} in the tensors: the files are of different saves"
+        )
     outer, _, child = owner.rpartition(".base_layer.")
     in_attention = child == "out_proj" and f"{outer}.lora_A.weight" in tensors
     in_attention = in_attention and not _target_parameters(fields, _parent(module))

@@ -2,18 +2,22 @@
 
 Each is a real one where it can be had on one machine. Others are shown elsewhere:
 
-- S5, names that lead out of a folder: `test_files.py`, test_a_folder_holds_no_name_that_leads_out_of_it.
 - F2, shapes, dtypes and ranks: `test_files.py`, test_a_damaged_folder_is_refused_with_the_reason.
 - F3, another base: `test_files.py`, test_another_base_is_refused_unless_that_is_wanted and the tests after it;
   `test_quantized.py`, test_a_folder_loads_on_the_same_quantized_base_and_on_no_other.
 - F4, files of different saves: `test_files.py`, test_weights_and_description_of_different_saves_do_not_fit.
+- F12, signals: `test_preempted_ranks.py`, test_whichever_rank_is_told_all_save_and_leave_at_one_step, and
+  `campaigns/signals.py`.
+- F13, a rank that dies: `test_clusters.py`, test_when_a_rank_dies_the_other_ends_with_an_error_and_...
+- F14, another number of ranks: `test_clusters.py`, test_a_run_by_one_two_four_and_one_processes_is_the_run_by_one.
 - F15 and F16, resuming after a change: `test_resuming.py`.
 - F17, merging: `campaigns/merges.py`, and test_files.py, test_saving_while_merged_is_refused_and_writes_nothing.
 - F18, merging into quantized weights: `test_quantized.py`, test_merging_packs_again_and_says_what_that_costs.
 - F20, adapters that learn nothing: `test_callback.py`, test_a_layer_that_the_forward_does_not_reach_stops_the_run_...,
   test_reentrant_checkpointing_of_a_frozen_input_stops_although_a_head_trains; `test_optim.py`,
   test_an_optimizer_that_lightning_cli_built_from_the_command_line_trains_the_adapters.
-- F22, other callbacks: `test_composition.py`.
+- F22, other callbacks: `test_composition.py`, test_a_callback_of_lightning_that_would_undo_ours_is_refused and
+  test_a_callback_of_lightning_does_what_it_is_for; `test_traps.py`, test_two_callbacks_would_train_what_neither_says.
 """
 
 from __future__ import annotations
@@ -176,6 +180,15 @@ def scratch_of_ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
 
 
 # ---- S1 to S8: what a file may do to its reader
+
+
+def test_every_row_has_a_test_here_or_is_named_above_with_one_that_there_is() -> None:
+    there = "\n".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    named = re.findall(r"test_\w+(?=[\s,.;])(?!\.py)", __doc__ or "")
+    assert [name for name in named if f"def {name}" not in there] == []
+    assert len(named) > 12
+    for row in [*(f"S{number}" for number in range(1, 9)), *(f"F{number}" for number in range(1, 24))]:
+        assert f"def test_{row.lower()}_" in there or re.search(rf"^- .*\b{row}\b", __doc__ or "", re.MULTILINE), row
 
 
 class Canary:
