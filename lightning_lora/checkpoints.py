@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_lora.description import describe
 from lightning_lora.files import SECTION, AdapterError, some
 from lightning_lora.fingerprint import base_weights
+from lightning_lora.full_fingerprint import Fingerprint, frozen_digests
 from lightning_lora.loading import adopt
 from lightning_lora.merge import check_not_merged, merge_
 from lightning_lora.resuming import Mismatch, check_same, read_whole, refit, restructure
@@ -58,6 +59,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         allow_base_mismatch: Resume on another base than the one trained on.
         resume_mismatch: What to do with adapters that are configured otherwise than those of a checkpoint.
         keep_going: Warn of a save that failed, and remove nothing until one succeeds.
+        fingerprint: As for ``save_adapter``; the base is read at the first save, as it does not change.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         allow_base_mismatch: bool = False,
         resume_mismatch: Mismatch = "error",
         keep_going: bool = False,
+        fingerprint: Fingerprint = "sampled",
     ) -> None:
         super().__init__(_atomic(checkpoint_io))
         self.module = module
@@ -74,6 +77,7 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         self.resume_mismatch = resume_mismatch
         self.keep_going = keep_going
         self._failed = False
+        self._digests: dict[str, str] | None = {} if fingerprint == "sampled" else None
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -115,7 +119,9 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
         slim["state_dict"] = {**own_state, MARKER: torch.empty(0)}
         found = sites(self.module, TASK)
         bases = base_weights(found)  # once, for the checkpoint and the folder
-        slim[SECTION] = describe(self.module, found, TASK, "", trained_in_full(self.module), bases)
+        digests = self._frozen_digests()
+        described = describe(self.module, found, TASK, "", trained_in_full(self.module), bases)
+        slim[SECTION] = described | ({"weights": digests} if digests else {})
         if is_remote(path):
             super().save_checkpoint(slim, path, storage_options)
             rank_zero_warn(
@@ -126,7 +132,15 @@ class AdapterCheckpointIO(_WrappingCheckpointIO):
             if os.path.islink(path):  # what `save_last="link"` left: the checkpoint that it points to stays as it is
                 os.unlink(path)
             super().save_checkpoint(slim, path, storage_options)
-            write_folder(adapter_folder(path), folder_contents(self.module, own_state, TASK, bases))
+            write_folder(adapter_folder(path), folder_contents(self.module, own_state, TASK, bases, digests))
+
+    def _frozen_digests(self) -> dict[str, str]:
+        if self._digests is None:
+            self._digests = frozen_digests(self.module)
+        if not self._digests:
+            return {}
+        frozen = {clean(name) for name in base_entries(self.module)}  # not what was thawed since, or turned out to move
+        return {name: digest for name, digest in self._digests.items() if name in frozen}
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -124,6 +124,11 @@ def check_description(described: Mapping[str, Any], path: object) -> None:
         raise AdapterError(
             f"{path}: field 'save' of its description is {save!r}, where an object with the names of files is expected"
         )
+    weights = described.get("weights", {})
+    if not isinstance(weights, dict) or not _are_names(list(weights.values())):
+        raise AdapterError(
+            f"{path}: field 'weights' of its description is {weights!r}, where an object of digests is expected"
+        )
     if not isinstance(described.get("not_for_peft"), str | None):
         raise AdapterError(
             f"{path}: field 'not_for_peft' of its description is {described['not_for_peft']!r}, where a sentence is "

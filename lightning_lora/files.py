@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,13 +63,12 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         AdapterError: If the file is damaged, not finite, of another type, or of a newer schema.
     """
     path = Path(path)
-    content = _content(path)
+    content, header = _content(path)
     try:
         tensors = dict(sorted(safetensors.torch.load(content).items()))
     except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{path}: damaged or not a safetensors file: {error}") from None
-    metadata = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], path).get("__metadata__", {})
-    description = _description(metadata, tensors, path)
+    description = _description(header.get("__metadata__") or {}, tensors, path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(
@@ -90,8 +90,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return parse_json(file.read(), path)
 
 
-def _content(path: Path) -> bytes:
-    """Read a safetensors file at once: what others do to it meanwhile changes nothing."""
+def _content(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Read a safetensors file, and its header, at once: what others do to it meanwhile changes nothing.
+
+    A file that is longer or shorter than its header says is refused before the rest is read.
+    """
     with _regular(path) as file:
         start = file.read(8)
         header_bytes = int.from_bytes(start, "little")
@@ -99,7 +102,16 @@ def _content(path: Path) -> bytes:
             raise AdapterError(
                 f"{path}: not an adapter: its header claims {header_bytes} bytes, at most {MAX_HEADER_BYTES}"
             )
-        return start + file.read()
+        text = file.read(header_bytes)
+        try:
+            header = _object(text)
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            said, size = 8 + header_bytes + max(ends, default=0), os.fstat(file.fileno()).st_size
+            if said != size:
+                raise ValueError(f"it has {size} bytes where its header accounts for {said}")
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise AdapterError(f"{path}: damaged or not a safetensors file: {error}") from None
+        return start + text + file.read(), header
 
 
 @contextmanager
@@ -141,17 +153,30 @@ def parse_json(text: str | bytes, path: str | os.PathLike[str]) -> dict[str, Any
     Raises:
         AdapterError: If the text is no JSON object.
     """
+    try:
+        return _object(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not readable as JSON: {error}") from None
+    except TypeError as error:
+        raise AdapterError(f"{path}: {error}") from None
 
+
+def _object(text: str | bytes) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a number")
 
-    try:
-        value = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not readable as JSON: {error}") from None
+    value = json.loads(text, parse_constant=refuse, object_pairs_hook=_once)
     if not isinstance(value, dict):
-        raise AdapterError(f"{path}: holds a {type(value).__name__} where an object is expected")
+        raise TypeError(f"holds a {type(value).__name__} where an object is expected")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # readers differ in which they take
+        again = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{again!r} is in it twice")
+    return found
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

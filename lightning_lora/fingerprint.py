@@ -42,11 +42,13 @@ def _noted(site: Site) -> BaseWeight | None:
 
 def _base_weight(site: Site) -> BaseWeight:
     size = (kind_of(site.module) or AdaptedLayer).size(site.module, site.parameter)
-    return BaseWeight(digest(_base_values(site)), tuple(size))
+    return BaseWeight(digest(base_values(site)), tuple(size))
 
 
-def _base_values(site: Site) -> Tensor | None:
-    values = identifying_values(site.module, site.parameter)
+def base_values(site: Site) -> Tensor | None:
+    """Return a base parameter's or buffer's values, without what a task wrote to it; None if there are none."""
+    buffer = site.module._buffers.get(site.parameter)
+    values = identifying_values(site.module, site.parameter) if buffer is None else buffer
     for slot in slots_at(site.module, site.parameter):
         values = values if values is None else slot.unwritten(values)
     return values

@@ -23,6 +23,7 @@ from lightning_lora.description import (
 from lightning_lora.files import AdapterError, some
 from lightning_lora.fingerprint import base_weights
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
+from lightning_lora.full_fingerprint import check_frozen_digests
 from lightning_lora.inject import check_task_name, insert
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
@@ -84,6 +85,7 @@ def load_adapter(
             raise AdapterError(f"{path}: two of its folders adapt {some(again)}: load one of them, such as {file.path}")
         if not allow_base_mismatch:
             check_base(file.path, [one.site for one in chosen], list(file.bases.values()))
+            check_frozen_digests(file.path, model, root, file.weights)
         targets += zip(chosen, file.methods.values(), strict=True)
         values |= {one.site.name: factors for one, factors in zip(chosen, fit_factors(file, chosen), strict=True)}
         firsts |= {join(root, name): join(root, first) for name, first in file.shares.items()}
@@ -143,6 +145,7 @@ def adopt(
     ]
     if not allow_base_mismatch:
         check_base(path, [one.site for one, _ in targets], [v.get("base") for v in described["sites"].values()])
+        check_frozen_digests(path, model, "", described.get("weights", {}))
     redrawn(described, path)
     insert(model, targets, described["task"])
     tie(model, shares_of(described), described["task"])

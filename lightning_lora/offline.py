@@ -19,6 +19,7 @@ from lightning_lora.analysis import effective_rank, singular_values
 from lightning_lora.files import AdapterError, read_json, read_tensors, some
 from lightning_lora.fingerprint import digest
 from lightning_lora.fitting import fit_full_values, fit_to_weights
+from lightning_lora.full_fingerprint import full_digest
 from lightning_lora.layout import Layout
 from lightning_lora.loading import locate, whole
 from lightning_lora.peft_format import NO_METHOD, ONE_RANK, PARTS
@@ -144,10 +145,13 @@ def _fitted(file: AdapterFile, base: Base, allow_base_mismatch: bool) -> tuple[s
     sizes = {name: tuple(base[key][key].shape) for name, key in keys.items()}
     has_turned = any(turned(state) for state in {id(state): state for state in base.values()}.values())
     file = fit_to_weights(file, sizes, has_turned=has_turned)
-    for name, key in keys.items():
-        if not allow_base_mismatch and file.bases[name] not in (None, digest(base[key][key])):
+    if not allow_base_mismatch:
+        other = [key for name, key in keys.items() if file.bases[name] not in (None, digest(base[key][key]))]
+        frozen = {join(root, name): expected for name, expected in file.weights.items()}
+        other += [key for key, one in frozen.items() if key in base and full_digest(base[key][key]) != one]
+        if other:
             raise AdapterError(
-                f"{key} is not what {file.path} was trained on: give that base, or --allow_base_mismatch"
+                f"{other[0]} is not what {file.path} was trained on: give that base, or --allow_base_mismatch"
             )
     return root, file
 

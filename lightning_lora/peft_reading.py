@@ -45,6 +45,10 @@ def read_config(fields: Mapping[str, Any], path: object) -> Method:
             method = cls.from_peft(fields)
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{path}: {error}") from None
+        if method is not None and "lora_alpha" in (method.peft_config() or {}) and "lora_alpha" not in fields:
+            raise AdapterError(
+                f"{path}: its config has no lora_alpha, so the scale is not known: add what was trained with"
+            )
         if method is not None:
             return method
     kinds = {config["peft_type"] for cls in known_methods().values() if (config := cls().peft_config())}
@@ -123,6 +127,11 @@ def _layer(
     else:
         down = tensors[f"{owner}.lora_A.weight"]
         form = ConvolutionForm if down.dim() > 2 else Form
+    r = next(iter(down.shape), 0)
+    if r not in (0, method.r) and not fields.get("rank_pattern"):
+        raise ValueError(
+            f"r={method.r} in the config, {down.shape[0]} in the tensors: the files are of different saves"
+        )
     outer, _, child = owner.rpartition(".base_layer.")
     in_attention = child == "out_proj" and f"{outer}.lora_A.weight" in tensors
     in_attention = in_attention and not _target_parameters(fields, _parent(module))
@@ -130,7 +139,7 @@ def _layer(
     if in_attention and _doubles(fields):
         alpha *= 2
     parameter = "in_proj_weight" if f"{owner}.base_layer.out_proj.lora_A.weight" in tensors else "weight"
-    return join(module, parameter), (method.at(down.shape[0] if down.dim() else 0, alpha), Stored(owner, form))
+    return join(module, parameter), (method.at(r, alpha), Stored(owner, form))
 
 
 def _owners(tensors: Iterable[str]) -> dict[str, list[str]]:
@@ -166,7 +175,7 @@ def _doubles(fields: Mapping[str, Any]) -> bool:
 
 def _is_older(fields: Mapping[str, Any], version: str, or_equal: bool = False) -> bool:
     """Tell whether a config is by an older PEFT than this; before 0.18 they do not write their number."""
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version")))
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", str(fields.get("peft_version")))
     if found is None:
         return True
     one, other = tuple(map(int, found.groups())), tuple(map(int, version.split(".")))

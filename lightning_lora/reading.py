@@ -40,6 +40,7 @@ class AdapterFile(NamedTuple):
         tensors: Everything in the weights file, by the names that they have there.
         not_for_peft: Why PEFT cannot express the adapters; None where it can.
         fan_in_fan_out: Whether PEFT's config says that linear layers' weights lie as (in, out).
+        weights: The digest of each frozen weight of the network, if it was saved with the full fingerprint.
         save: A digest of the save, and its files, where there were several; empty if not.
     """
 
@@ -58,6 +59,7 @@ class AdapterFile(NamedTuple):
     tensors: dict[str, Tensor]
     not_for_peft: str | None
     fan_in_fan_out: bool
+    weights: Mapping[str, str]
     save: Mapping[str, Any]
 
     def has(self, site: str, name: str) -> bool:
@@ -231,6 +233,7 @@ def read_adapter(folder: Path) -> AdapterFile:
             tensors=tensors,
             not_for_peft=None,
             fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
+            weights={},
             save={},
         )
     check_description(described, folder)
@@ -255,6 +258,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         tensors=tensors,
         not_for_peft=described.get("not_for_peft"),
         fan_in_fan_out=False,
+        weights=described.get("weights", {}),
         save=described.get(SAVE) or {},
     )
 

@@ -17,6 +17,7 @@ from lightning_lora.analysis import product_svd
 from lightning_lora.derived_groups import NAMES, PARTIAL
 from lightning_lora.description import check_description, methods_of, redrawn, shares_of
 from lightning_lora.files import AdapterError, some
+from lightning_lora.full_fingerprint import check_frozen_digests
 from lightning_lora.inject import remove, restructures
 from lightning_lora.layers import kind_of
 from lightning_lora.layers.seam import AdaptedLayer
@@ -111,6 +112,7 @@ def check_same(
     if not allow_base_mismatch:
         found = sites(model, task)
         check_base(path, found, [described["sites"][site.name].get("base") for site in found])
+        check_frozen_digests(path, model, "", described.get("weights", {}))
     redrawn(described, path)
 
 
@@ -150,6 +152,7 @@ def refit(
     found = [site for site in every if site.name in theirs]
     if not allow_base_mismatch:
         check_base(path, found, [described["sites"][site.name].get("base") for site in found])
+        check_frozen_digests(path, model, "", described.get("weights", {}))
     redrawn(described, path)
     given = {clean(name): value for name, value in checkpoint["state_dict"].items()}
     ours = own_entries(model)

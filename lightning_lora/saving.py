@@ -20,6 +20,7 @@ from lightning_lora.adapter import stored_factors
 from lightning_lora.description import describe
 from lightning_lora.files import SCHEMA, AdapterError, some, to_bytes
 from lightning_lora.fingerprint import base_weights
+from lightning_lora.full_fingerprint import Fingerprint, check_fingerprint, frozen_digests
 from lightning_lora.merge import check_not_merged
 from lightning_lora.sites import BaseWeight, Site, clean, join, named_submodules, relative, sites, tied_names
 from lightning_lora.state import own_entries, trained_in_full
@@ -31,7 +32,9 @@ OUTSIDE = "trained_in_full.safetensors"
 SAVE = "save"  # the field that all files of one folder have alike, where there are several
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "default") -> None:
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], task: str = "default", *, fingerprint: Fingerprint = "sampled"
+) -> None:
     """Write the adapters of a task, and what is trained in full with them, as a folder in PEFT's format.
 
     The folder is replaced as a whole. Names in it are relative to the network inside a LightningModule; where adapters
@@ -41,6 +44,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "de
         model: The adapted model.
         path: The folder.
         task: The task to write.
+        fingerprint: How a later load knows the base: by samples of the adapted weights, or, with ``full``, by every
+            value of every frozen weight. That costs reading the base once at each save and each load.
 
     Raises:
         ValueError: If the model has no such task.
@@ -48,6 +53,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "de
         FileExistsError: If the folder holds files that are no adapter's, which would be lost.
         AdapterError: If the adapters, or what is trained in full, are not finite.
     """
+    check_fingerprint(fingerprint)
     check_not_merged(model, "save")
     for _, _, files in os.walk(path):
         others = [file for file in files if file not in (WEIGHTS, CONFIG, OUTSIDE)]
@@ -56,7 +62,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], task: str = "de
     ours = own_entries(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
     check_finite(model, state, path)
-    write_folder(path, folder_contents(model, state, task, base_weights(sites(model, task))))
+    digests = frozen_digests(model) if fingerprint == "full" else {}
+    write_folder(path, folder_contents(model, state, task, base_weights(sites(model, task)), digests))
 
 
 def check_finite(model: nn.Module, state: Mapping[str, Tensor], path: object) -> None:
@@ -77,7 +84,11 @@ def check_finite(model: nn.Module, state: Mapping[str, Tensor], path: object) ->
 
 
 def folder_contents(
-    model: nn.Module, state: Mapping[str, Tensor], task: str, bases: Mapping[str, BaseWeight]
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    task: str,
+    bases: Mapping[str, BaseWeight],
+    digests: Mapping[str, str],
 ) -> dict[str, bytes]:
     """Return the files of an adapter folder, by relative path.
 
@@ -86,6 +97,7 @@ def folder_contents(
         state: Our entries of its state dict, or of a checkpoint's.
         task: The task to write.
         bases: The `base_weights` of the task's sites.
+        digests: The `frozen_digests` of the model, or nothing.
 
     Raises:
         ValueError: If the model has no such task.
@@ -104,6 +116,9 @@ def folder_contents(
         full_inside = {relative(name, root) for name in full if _innermost(name, roots.values()) == root}
         folder = f"{root or '_'}/" if len(set(roots.values())) > 1 else ""
         config, tensors, described = _network(model, root, inside, full_inside, state, task, bases)
+        if digests:
+            inner = {relative(name, root): digest for name, digest in digests.items() if _is_in(name, root)}
+            described["weights"] = inner
         configs[folder + CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode()
         files[folder + WEIGHTS] = tensors, described
     outside = {name: state[name] for name in full if _innermost(name, roots.values()) is None}

@@ -59,14 +59,15 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
             if raw.failure is not None:
                 raise raw.failure from None  # torch.save says something else of it
             raise
-        if path.exists():
-            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        _keep_mode(path, temporary)
         os.replace(temporary, path)
     _sync_folder(path.parent)
 
 
 def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
     """Write a folder of small files as a whole: readers find all of the old files or all of the new ones.
+
+    Modes are those of the files and folders that are replaced, or what the umask gives.
 
     Args:
         path: The folder's path; an existing folder is replaced with everything in it.
@@ -90,8 +91,10 @@ def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) ->
             with open(target, "xb") as file:
                 file.write(content)
                 file.flush()
+                _keep_mode(path / name, target)
                 os.fsync(file.fileno())
         for folder in {(temporary / name).parent for name in contents} | {temporary}:
+            _keep_mode(path / folder.relative_to(temporary), folder)
             _sync_folder(folder)
         _put(temporary, path)
     _sync_folder(path.parent)
@@ -220,6 +223,12 @@ class _Raw(io.FileIO):
         except OSError as error:
             self.failure = error
             raise
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    """Give what is to take a place the mode of what is there, if anything is."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.chmod(new, stat.S_IMODE(old.stat().st_mode))
 
 
 def _sync_folder(folder: Path) -> None:

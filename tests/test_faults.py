@@ -2,18 +2,22 @@
 
 Each is a real one where it can be had on one machine. Others are shown elsewhere:
 
-- S5, names that lead out of a folder: `test_files.py`, test_a_folder_holds_no_name_that_leads_out_of_it.
 - F2, shapes, dtypes and ranks: `test_files.py`, test_a_damaged_folder_is_refused_with_the_reason.
 - F3, another base: `test_files.py`, test_another_base_is_refused_unless_that_is_wanted and the tests after it;
   `test_quantized.py`, test_a_folder_loads_on_the_same_quantized_base_and_on_no_other.
 - F4, files of different saves: `test_files.py`, test_weights_and_description_of_different_saves_do_not_fit.
+- F12, signals: `test_preempted_ranks.py`, test_whichever_rank_is_told_all_save_and_leave_at_one_step, and
+  `campaigns/signals.py`.
+- F13, a rank that dies: `test_clusters.py`, test_when_a_rank_dies_the_other_ends_with_an_error_and_...
+- F14, another number of ranks: `test_clusters.py`, test_a_run_by_one_two_four_and_one_processes_is_the_run_by_one.
 - F15 and F16, resuming after a change: `test_resuming.py`.
 - F17, merging: `campaigns/merges.py`, and test_files.py, test_saving_while_merged_is_refused_and_writes_nothing.
 - F18, merging into quantized weights: `test_quantized.py`, test_merging_packs_again_and_says_what_that_costs.
 - F20, adapters that learn nothing: `test_callback.py`, test_a_layer_that_the_forward_does_not_reach_stops_the_run_...,
   test_reentrant_checkpointing_of_a_frozen_input_stops_although_a_head_trains; `test_optim.py`,
   test_an_optimizer_that_lightning_cli_built_from_the_command_line_trains_the_adapters.
-- F22, other callbacks: `test_composition.py`.
+- F22, other callbacks: `test_composition.py`, test_a_callback_of_lightning_that_would_undo_ours_is_refused and
+  test_a_callback_of_lightning_does_what_it_is_for; `test_traps.py`, test_two_callbacks_would_train_what_neither_says.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,6 +51,8 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import Lit, Net, loader
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -55,19 +62,23 @@ from lightning_lora import (
     AdapterError,
     LoRA,
     LoRACallback,
+    fingerprint,
     inject,
     load_adapter,
     load_from_checkpoint,
     merged,
     offline,
     save_adapter,
+    sites,
 )
 from lightning_lora.checkpoints import AdapterCheckpointIO
 from lightning_lora.files import MAX_HEADER_BYTES, read_tensors, to_bytes
+from lightning_lora.peft_reading import _doubles
 from lightning_lora.whole_files import _UNFINISHED, _here, sweep, write_file, write_folder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PACKAGE = Path(lightning_lora.__file__).parent
+often = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, modes and pipes of POSIX")
 as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounts and changes of user need root")
 
@@ -134,7 +145,50 @@ def forked(act: Callable[[], object]) -> str:
     return text
 
 
+@contextmanager
+def stopped_after(seconds: int) -> Iterator[None]:
+    """Fail what does not end: seconds are for a machine that is busy, and what is meant would take years."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of another library's, alone in its place."""
+    folder = tmp_path_factory.mktemp("scratch") / "adapter"
+    save_adapter(adapted(), folder)
+    return by_peft(folder)
+
+
+@pytest.fixture(scope="module")
+def scratch_of_ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
+    """A folder of ours, with what is in its weights file."""
+    folder = tmp_path_factory.mktemp("scratch") / "ours"
+    save_adapter(adapted(), folder)
+    tensors, description = read_tensors(folder / WEIGHTS)
+    assert description is not None
+    return folder, tensors, description
+
+
 # ---- S1 to S8: what a file may do to its reader
+
+
+def test_every_row_has_a_test_here_or_is_named_above_with_one_that_there_is() -> None:
+    there = "\n".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    named = re.findall(r"test_\w+(?=[\s,.;])(?!\.py)", __doc__ or "")
+    assert [name for name in named if f"def {name}" not in there] == []
+    assert len(named) > 12
+    for row in [*(f"S{number}" for number in range(1, 9)), *(f"F{number}" for number in range(1, 24))]:
+        assert f"def test_{row.lower()}_" in there or re.search(rf"^- .*\b{row}\b", __doc__ or "", re.MULTILINE), row
 
 
 class Canary:
@@ -205,7 +259,13 @@ HEADERS = {
     "a shape of 10 ** 18": header(f"{{{at(0, 4, shape=[10**18])}}}", bytes(4)),
     "a shape that overflows": header(f"{{{at(0, 4, shape=[2**62, 8])}}}", bytes(4)),
     "a type that is unknown": header(f"{{{at(0, 4, dtype='F7')}}}", bytes(4)),
+    "a name twice, as two tensors": header(f"{{{at(0, 4)}, {at(4, 8)}}}", bytes(8)),
+    "no metadata where there is a place for it": header(f'{{"__metadata__": null, {at(0, 4)}}}', bytes(4)),
+    "an end that is text": header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}}', bytes(4)),
+    "an end that is not there": header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}', bytes(4)),
+    "a tensor that is a list": header('{"a": [1]}', bytes(4)),
     "nesting": header("[" * 100_000),
+    "objects in objects": header('{"a": ' * 100_000),
     "no text": header(b"\xff" * 64),
 }
 
@@ -214,6 +274,35 @@ HEADERS = {
 def test_s2_a_header_that_cannot_be_is_refused_without_taking_memory(name: str, folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(HEADERS[name])
     refused(folder)  # imports and caches are filled
+    tracemalloc.start()
+    refused(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_s2_a_name_that_is_there_twice_is_refused_wherever_it_is(name: str, folder: Path) -> None:
+    """Readers differ in which of the two they take, so what one checks another would not load."""
+    by_peft(folder)
+    content = (folder / name).read_bytes()
+    if name == WEIGHTS:
+        start = 8 + struct.unpack("<Q", content[:8])[0]
+        text = content[8:start].rstrip()
+        content = header(text[:-1] + b", " + text.lstrip()[1:], content[start:])
+    else:
+        content = content.replace(b'"r": 2', b'"r": 2, "r": 3')
+    (folder / name).write_bytes(content)
+    assert "is in it twice" in refused(folder)
+
+
+@posix
+@pytest.mark.parametrize("text", ["{}", f"{{{at(0, 4)}}}", "{", f"{{{at(0, 4)}, {at(0, 4)}}}"])
+def test_s2_of_a_file_no_more_is_read_than_its_header_accounts_for(text: str, folder: Path) -> None:
+    """The rest is a hole of 8 GiB."""
+    (folder / WEIGHTS).write_bytes(header(text))
+    os.truncate(folder / WEIGHTS, 2**33)
+    refused(folder)
     tracemalloc.start()
     refused(folder)
     _, peak = tracemalloc.get_traced_memory()
@@ -251,7 +340,7 @@ def test_s3_values_beyond_all_bounds_are_refused_before_anything_is_allocated(fo
     described(folder, lambda d: d["sites"]["first.weight"].update(r=10**9))
     tracemalloc.start()
     assert "but [1000000000, 4] is expected" in refused(folder)
-    load_adapter(base(), folder.with_name("peft"))  # PEFT's rank is the tensors'
+    assert "r=1000000000 in the config, 2 in the tensors" in refused(folder.with_name("peft"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10 * 2**20
@@ -269,25 +358,137 @@ def test_s3_a_million_targets_are_refused(folder: Path, monkeypatch: pytest.Monk
     assert "is longer than" in refused(folder)
 
 
-@pytest.mark.parametrize(
-    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+def test_s3_no_number_in_a_file_sets_off_work_or_ends_in_another_error(tmp_path: Path) -> None:
+    model = base()
+    inject(model, LoRA(r=1, init="pissa"), ["first"], seed=0)
+    save_adapter(model, tmp_path / "ours")
+    rounds = "pissa_niter_1" + "0" * 12
+    described(tmp_path / "ours", lambda d: d["hyperparameters"].update(init=rounds))
+    with stopped_after(60):
+        load_adapter(base(), tmp_path / "ours")
+    save_adapter(adapted(), tmp_path / "peft")
+    by_peft(tmp_path / "peft", peft_version="9" * 5000 + ".1.1")
+    assert load_adapter(base(), tmp_path / "peft")
+    assert _doubles({"peft_version": "9" * 5000 + ".1.1"})  # no version that is known
+    for field, value in {"lora_alpha": 10**400, "r": None, "lora_dropout": [1], "peft_type": ["LORA"]}.items():
+        by_peft(shutil.copytree(tmp_path / "peft", tmp_path / field), **{field: value})
+        refused(tmp_path / field)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
 )
-def test_s4_no_pattern_in_a_file_is_run(field: str, folder: Path) -> None:
-    evil = "(a|a)*" + "(a+)+" * 20 + "b"
-    by_peft(folder, **{field: evil if "pattern" not in field else {evil: 4}})
-    start, said = time.perf_counter(), ""
+FIELDS = ["peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters"]
+FIELDS += ["modules_to_save", "use_rslora", "use_dora", "bias", "lora_dropout", "init_lora_weights", "peft_version"]
+
+
+@often
+@given(field=st.sampled_from(FIELDS), value=VALUES)
+def test_s3_whatever_a_config_holds_it_loads_or_is_refused(field: str, value: Any, scratch: Path) -> None:
+    config = json.loads((scratch / CONFIG).read_text())
+    (scratch / CONFIG).write_text(json.dumps(config | {field: value}))
     try:
-        load_adapter(base(), folder)
-    except AdapterError as error:
-        said = str(error)
-    assert "is a regular expression" in said or field != "alpha_pattern"  # the others are not looked at
-    assert time.perf_counter() - start < 60  # a matcher would take years
+        load_adapter(model := base(), scratch)
+    except AdapterError:
+        assert not sites(model)
+    finally:
+        (scratch / CONFIG).write_text(json.dumps(config))
+
+
+@often
+@given(
+    field=st.sampled_from(
+        ["schema", "task", "root", "method", "hyperparameters", "trained_in_full", "save", "weights"]
+    ),
+    site=st.sampled_from(["r", "alpha", "base", "size", "layout", "tied", "tied_to", "shares", "form", "level"]),
+    value=VALUES,
+    in_site=st.booleans(),
+)
+def test_s3_whatever_a_description_holds_it_loads_or_is_refused(
+    field: str, site: str, value: Any, in_site: bool, scratch_of_ours: tuple[Path, Any, Any]
+) -> None:
+    folder, tensors, known = scratch_of_ours
+    changed = json.loads(json.dumps(known))
+    if in_site:
+        changed["sites"]["first.weight"][site] = value
+    else:
+        changed[field] = value
+    (folder / WEIGHTS).write_bytes(to_bytes(tensors, changed))
+    try:
+        load_adapter(model := base(), folder)
+    except AdapterError:
+        assert not sites(model)
+
+
+EVIL = [
+    "(a+)+$",
+    "(a|a)*b",
+    "(a|aa)+$",
+    "([a-z]+)*!",
+    "(.*a){20}",
+    "((a*)*)*c",
+    "(x+x+)+y",
+    r"(\w+\s?)*$",
+    r"^(([a-z])+.)+[A-Z]$",
+]
+PATTERNS = ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", "target_parameters"]
+
+
+@posix
+@pytest.mark.parametrize("field", PATTERNS)
+def test_s4_no_pattern_in_a_file_is_run(field: str, folder: Path) -> None:
+    """The names are such that a matcher would go on for years, as each of the patterns is of exponential time."""
+    long = "a" * 40 + "!"
+    model = nn.Module()
+    setattr(model, long, base())
+    inject(model, LoRA(r=2), ["*first", "*second"], seed=0)
+    for evil in EVIL:
+        save_adapter(model, folder)
+        by_peft(folder, **{field: {evil: 4} if field in ("rank_pattern", "alpha_pattern") else evil})
+        fresh, said = nn.Module(), ""
+        setattr(fresh, long, base())
+        with stopped_after(60):
+            try:
+                load_adapter(fresh, folder)
+            except AdapterError as error:
+                said = str(error)
+        if field == "alpha_pattern":
+            assert "is a regular expression, and none from a file is run" in said
+        elif field == "target_parameters":
+            assert "is no list of names" in said
+        else:
+            assert said == ""  # what they choose is what the tensors say
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "a\0b", "/etc", "CON.txt", "a" * 65, "", "."])
 def test_s5_names_in_a_file_are_checked_as_those_of_a_user(name: str, folder: Path) -> None:
     described(folder, lambda d: d.update(task=name))
     assert "use 1 to 64 letters, digits" in refused(folder)
+
+
+@often
+@given(name=st.text(max_size=80))
+def test_s5_a_task_has_a_plain_name_or_none(name: str) -> None:
+    plain = re.fullmatch("[A-Za-z0-9_-]{1,64}", name) is not None
+    with suppress(ValueError):
+        inject(model := base(), LoRA(r=1), ["first"], task=name, seed=0)
+        assert plain
+        assert {key for site in sites(model) for key in site.slot} == {name}
+
+
+@often
+@given(parts=st.lists(st.sampled_from(["..", ".", "", "/", "a", "b", "~", "C:", "NUL", "\0", "a\\..\\b"]), max_size=5))
+def test_s5_whatever_a_folder_is_to_hold_lies_in_it(parts: list[str], scratch: Path) -> None:
+    place = scratch.parent / "place"
+    place.mkdir(exist_ok=True)
+    with suppress(ValueError, OSError):  # as a NUL
+        write_folder(place / "folder", {"/".join(parts): b"new"})
+    assert {path.name for path in place.iterdir()} <= {"folder"}
+    assert sorted(path.name for path in scratch.parent.iterdir()) == ["adapter", "place"]
+    shutil.rmtree(place)
 
 
 @pytest.mark.parametrize("field", ["auto_mapping", "megatron_core", "custom_module", "trainable_token_indices"])
@@ -304,17 +505,29 @@ def test_s6_fields_that_name_code_lead_to_none(field: str, folder: Path, monkeyp
 
 
 def test_s6_nothing_that_loads_imports_by_name_or_unpickles() -> None:
-    """No importlib, no eval, no pickle module; torch.load only with weights_only=True."""
-    forbidden = {"importlib", "__import__", "eval", "exec", "compile", "Unpickler", "loads"}
-    rooms = ["files", "reading", "peft_reading", "fitting", "loading", "resuming", "weight_files", "description"]
-    for room in rooms:
-        for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text())):
+    """No importlib, no eval, no pickle in the whole package; torch.load only with weights_only=True."""
+    allowed = {
+        "methods/__init__.py": {"importlib", "import_module"},  # the files of its own folder
+        "report.py": {"find_spec"},  # is a package for drawing there?
+        "resuming.py": {"pickle"},  # the class of an error
+    }
+    forbidden = {"importlib", "import_module", "find_spec", "__import__", "eval", "exec", "compile", "runpy", "loads"}
+    forbidden |= {"pickle", "dill", "cloudpickle", "joblib", "marshal", "Unpickler", "trust_remote_code"}
+    methods = {"eval", "compile"}  # of modules: model.eval()
+    for path in PACKAGE.rglob("*.py"):
+        room, found = path.relative_to(PACKAGE).as_posix(), set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [getattr(node, "module", None) or "", getattr(node, "arg", None) or ""]
+            names += [one.name for one in getattr(node, "names", []) if isinstance(one, ast.alias)]
             call = getattr(node, "func", None)
             name = getattr(call, "attr", getattr(call, "id", ""))
             owner = getattr(getattr(call, "value", None), "id", "")
-            assert name not in forbidden or (owner, name) in {("json", "loads"), ("re", "compile")}, room
+            if (owner, name) != ("json", "loads") and not (name in methods and isinstance(call, ast.Attribute)):
+                names += [name, owner]
+            found |= forbidden & set(names)
             if (owner, name) == ("torch", "load"):
                 assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), room
+        assert found <= allowed.get(room, set()), room
 
 
 @posix
@@ -345,6 +558,17 @@ def test_s7_what_is_no_regular_file_is_not_waited_for(what: str, name: str, fold
             trainer(callbacks=[LoRACallback()]).fit(Lit(), loader(), ckpt_path=path)
     else:
         refused(folder)
+
+
+@posix
+@pytest.mark.parametrize("what", ["a pipe", "a device", "a folder"])
+def test_s7_nor_is_it_in_the_place_of_what_was_trained_in_full(what: str, tmp_path: Path) -> None:
+    save_whole(tmp_path / "a", 1)
+    path = tmp_path / "a" / "trained_in_full.safetensors"
+    path.unlink()
+    {"a pipe": os.mkfifo, "a folder": os.mkdir, "a device": lambda path: path.symlink_to("/dev/zero")}[what](path)
+    with pytest.raises(AdapterError):
+        load_adapter(Whole(), tmp_path / "a")
 
 
 @posix
@@ -422,6 +646,94 @@ def test_f1_a_head_that_was_not_copied_along_is_missed_unless_only_the_network_i
     with pytest.raises(AdapterError, match=r"trained_in_full.safetensors is missing: copy it too"):
         load_adapter(Whole(), tmp_path / "a")
     assert load_adapter(Whole().net, tmp_path / "a")
+
+
+class Sparse(nn.Module):
+    """A base of which most is not adapted, and the adapted weight is larger than the samples of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.words, self.norm = nn.Embedding(5, 96), nn.BatchNorm1d(96)
+        self.body, self.out = nn.Linear(96, 96), nn.Linear(96, 5, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.body(self.norm(self.words(x))))
+
+
+def with_one_bit_flipped(name: str) -> Sparse:
+    """A base with another last bit in one value, which lies between the blocks that are sampled."""
+    model = Sparse()
+    value = model.state_dict()[name].view(-1)[100 if name == "body.weight" else -1 :][:1]
+    value.copy_(value + 1 if value.dtype == torch.int64 else (value.view(torch.int32) ^ 1).view(torch.float32))
+    return model
+
+
+def saved_with_a_fingerprint_of(kind: Any, path: Path) -> Path:
+    model = Sparse()
+    inject(model, LoRA(r=1), ["body"], seed=0)
+    save_adapter(model, path, fingerprint=kind)
+    return path
+
+
+@pytest.mark.parametrize("name", Sparse().state_dict())
+def test_f3_one_flipped_bit_anywhere_in_the_base_is_seen_by_the_full_fingerprint(name: str, tmp_path: Path) -> None:
+    saved_with_a_fingerprint_of("full", tmp_path / "full")
+    load_adapter(Sparse(), tmp_path / "full")
+    other = with_one_bit_flipped(name)
+    both = 2 if name in ("words.weight", "out.weight") else 1  # they are tied
+    with pytest.raises(AdapterError, match=f"trained on another base: {both} of all its 9 weights differ .*{name}"):
+        load_adapter(other, tmp_path / "full")
+    assert not sites(other)
+    load_adapter(other, tmp_path / "full", allow_base_mismatch=True)
+    load_adapter(with_one_bit_flipped(name), saved_with_a_fingerprint_of("sampled", tmp_path / "sampled"))
+
+
+def test_f3_the_same_values_in_a_wider_type_are_the_same_base_and_rounded_ones_are_not(tmp_path: Path) -> None:
+    model = Sparse().bfloat16()
+    inject(model, LoRA(r=1), ["body"], seed=0)
+    save_adapter(model, tmp_path / "narrow", fingerprint="full")
+    load_adapter(Sparse().bfloat16().float(), tmp_path / "narrow")
+    saved_with_a_fingerprint_of("full", tmp_path / "wide")
+    with pytest.raises(AdapterError, match="in that precision"):
+        load_adapter(Sparse().bfloat16(), tmp_path / "wide")
+
+
+def test_f3_the_full_fingerprint_is_in_checkpoints_and_their_folders_and_is_taken_once_in_a_run(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    digest = fingerprint.full_digest
+    monkeypatch.setattr(fingerprint, "full_digest", lambda weight: read.append(weight.numel()) or digest(weight))
+    options = {"target_modules": ["first"], "fingerprint": "full"}
+    run = trainer(callbacks=[LoRACallback(**options)])
+    run.fit(Lit(), loader())
+    for _ in range(3):
+        run.save_checkpoint(path := tmp_path / "a.ckpt")
+    assert sum(read) == sum(p.numel() for p in Lit().parameters())
+
+    class Other(Lit):
+        def build(self) -> nn.Module:
+            net = super().build()
+            with torch.no_grad():
+                net.second.bias[0] += 1e-6
+            return net
+
+    for chosen in (options, options | {"fingerprint": "sampled", "resume_mismatch": "resize"}):
+        trainer(callbacks=[LoRACallback(**chosen)], max_epochs=2).fit(Lit(), loader(), ckpt_path=path)
+        with pytest.raises(AdapterError, match=r"1 of all its 4 weights differ \(net.second.bias\)"):
+            trainer(callbacks=[LoRACallback(**chosen)], max_epochs=2).fit(Other(), loader(), ckpt_path=path)
+    load_from_checkpoint(Lit, path)
+    with pytest.raises(AdapterError, match=r"net.second.bias"):
+        load_from_checkpoint(Other, path)
+    load_from_checkpoint(Other, path, allow_base_mismatch=True)
+    for cls in (Other, lambda: Other().net):
+        with pytest.raises(AdapterError, match=r"second.bias"):
+            load_adapter(cls(), tmp_path / "a.adapter")
+    torch.save(Other().net.state_dict(), tmp_path / "base.pt")
+    with pytest.raises(AdapterError, match=r"second.bias is not what .*a.adapter was trained on"):
+        offline.merge(tmp_path / "a.adapter", tmp_path / "base.pt", tmp_path / "merged.pt")
 
 
 def test_f4_files_of_different_saves_are_told_apart(tmp_path: Path) -> None:
@@ -663,6 +975,25 @@ def test_f9_a_limit_on_the_size_of_files_is_said_too(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EDQUOT, errno.EROFS, errno.ESTALE])
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_f9_whatever_fails_while_a_file_is_written_is_said_and_leaves_the_old_one(
+    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file(tmp_path / "a.ckpt", lambda file: file.write(b"old"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("lightning_lora.whole_files._Raw" if call == "open" else f"os.{call}", fail)
+        with pytest.raises(OSError, match=f"a.ckpt was not written.*{os.strerror(code)} .* MiB are free in") as raised:
+            write_file(tmp_path / "a.ckpt", lambda file: file.write(b"new"))
+    assert raised.value.errno == code
+    assert (tmp_path / "a.ckpt").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
 @as_root
 def test_f9_a_folder_that_may_not_be_written_to_is_named() -> None:
     with tempfile.TemporaryDirectory() as name:  # others may look into this one, but not into pytest's
@@ -834,6 +1165,24 @@ def test_f21_a_frozen_weight_that_moves_stops_the_run_at_the_end_of_the_epoch(tr
     thawed = Moves()
     thawed.thaws = True  # then it is in checkpoints
     trainer(callbacks=[LoRACallback()]).fit(thawed, loader())
+
+
+def test_f23_a_store_that_fails_is_said_or_warned_of_as_a_disk_is(trainer: Any, monkeypatch: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "the store is gone")
+
+    kept, strict = (LoRACallback(on_save_error=how) for how in ("warn", "raise"))
+    for callback in (kept, strict):
+        run = trainer(callbacks=[callback])
+        run.fit(Lit(), loader())
+        with monkeypatch.context() as broken:
+            broken.setattr("fsspec.implementations.memory.MemoryFile.write", fail)
+            if callback is kept:
+                with pytest.warns(UserWarning, match="the store is gone; training goes on, and no checkpoint"):
+                    run.save_checkpoint("memory://faults/c.ckpt")
+            else:
+                with pytest.raises(OSError, match="the store is gone"):
+                    run.save_checkpoint("memory://faults/c.ckpt")
 
 
 def test_f23_a_checkpoint_elsewhere_is_read_as_strictly(trainer: Any, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ from triggers import (
     two_tables,
     while_merged,
     with_attribute,
+    without_alpha,
     without_config,
     without_file,
     without_matplotlib,
@@ -140,6 +141,7 @@ from lightning_lora.callbacks.guards import (
 from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.derived_groups import split
 from lightning_lora.files import parse_json, read_json, read_tensors
+from lightning_lora.full_fingerprint import full_digest
 from lightning_lora.importance import importances
 from lightning_lora.input_statistics import InputStatistics, input_statistics
 from lightning_lora.layout import Layout
@@ -156,6 +158,7 @@ from lightning_lora.strategies.blocks import blocks_of, kept_whole
 from lightning_lora.strategies.ddp import LoRADDPStrategy
 from lightning_lora.whole_files import write_file, write_folder
 
+HEADER = b"\x27" + bytes(7) + b'{"a": {"data_offsets": [0, %d], "x": 0}}'
 MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     ("methods/lora", ValueError): {
         "lora_bias=True is not supported, because it computes something else than plain LoRA: merge it into the "
@@ -697,8 +700,15 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\xff" * 16).parent)
         ),
         "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: Error while deserializing: "
-        "invalid JSON in header: EOF while parsing a value at line 1 column 0": (
-            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\x00" * 16).parent)
+        "invalid JSON in header: ...": (
+            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", HEADER % 0).parent)
+        ),
+        "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: it has 47 bytes where its header "
+        "accounts for 55": (
+            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", HEADER % 8).parent)
+        ),
+        "best.adapter/adapter_config.json: not readable as JSON: 'r' is in it twice": (
+            lambda: parse_json('{"r": 2, "r": 3}', "best.adapter/adapter_config.json")
         ),
         "best.adapter/adapter_model.safetensors: base_model.model.first.lora_A.weight holds values that are not "
         "finite; the run that wrote it had diverged: take an earlier save": (
@@ -744,6 +754,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "best.adapter: its description says {'alpha': 4, 'base': 7, 'form': 'linear', 'r': 2, 'size': [8, 4]} of "
         "first.weight, which no save writes: save it again": lambda: load_adapter(net(), changed(site={"base": 7})),
+        "best.adapter: field 'weights' of its description is 7, where an object of digests is expected": (
+            lambda: load_adapter(net(), changed(weights=7))
+        ),
         "best.adapter: field 'save' of its description is 7, where an object with the names of files is expected": (
             lambda: load_adapter(net(), changed(save=7))
         ),
@@ -770,6 +783,12 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "r=8": lambda: load_adapter(net(), changed(site={"r": 0})),
     },
     ("peft_reading", AdapterError): {
+        "best.adapter: its config has no lora_alpha, so the scale is not known: add what was trained with": (
+            lambda: load_adapter(net(), without_alpha(by_peft()))
+        ),
+        "best.adapter: first: r=4 in the config, 2 in the tensors: the files are of different saves": (
+            lambda: load_adapter(net(), by_peft(r=4))
+        ),
         "best.adapter: peft_type='IA3' is not supported; known: ...": (
             lambda: load_adapter(net(), by_peft(peft_type="IA3"))
         ),
@@ -833,6 +852,19 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: [
                 *inspect(changed({f"{FIRST}lora_embedding_A": torch.ones(2)}, model=net(first=nn.Embedding(4, 8))))
             ]
+        ),
+    },
+    ("full_fingerprint", ValueError): {
+        "fingerprint='all': must be 'sampled' or 'full'": (
+            lambda: save_adapter(adapted(), "best.adapter", fingerprint="all")  # type: ignore[arg-type]
+        ),
+    },
+    ("full_fingerprint", AdapterError): {
+        "best.adapter: trained on another base: 1 of all its 2 weights differ (second.bias). Load the base that it was "
+        "trained on, in that precision, or pass allow_base_mismatch=True": (
+            lambda: load_adapter(
+                net(), changed(weights={"first.bias": full_digest(net().first.bias), "second.bias": "0"})
+            )
         ),
     },
     ("loading", AdapterError): {
@@ -1136,6 +1168,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "its own: wrap nothing in configure_model and use strategy='ddp', or 'lora_fsdp' to divide the base": (
             lambda: check_unwrapped(net(first=type("DistributedDataParallel", (nn.Linear,), {})(4, 8)))
         ),
+        "fingerprint='full' under LoRAFSDP2Strategy: no process has the whole base when it saves: leave it out, and "
+        "write the folder in one process with save_adapter(model, folder, fingerprint='full')": (
+            lambda: check_strategy(LoRAFSDP2Strategy(), "full")
+        ),
         "strategy=FSDPStrategy: it would gather the whole base for each checkpoint and divide adapters too: use "
         "strategy='lora_fsdp'": lambda: check_strategy(strategy("FSDPStrategy")),
         "strategy=DDPStrategy trains in spawned or forked processes, and adapters that are injected there would stay "
@@ -1195,6 +1231,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "on_save_error='skip': must be 'raise' or 'warn'": (
             lambda: LoRACallback(on_save_error="skip")  # type: ignore[arg-type]
+        ),
+        "frozen_dtype='bfloat16' rounds the weights that fingerprint='full' is to tell apart: leave one of them out": (
+            lambda: LoRACallback(frozen_dtype="bfloat16", fingerprint="full")
         ),
         "method='lora': give a method, for example LoRACallback(LoRA(r=8))": (
             lambda: LoRACallback("lora")  # type: ignore[arg-type]

@@ -111,6 +111,13 @@ def by_peft(
     return folder
 
 
+def without_alpha(folder: Path) -> Path:
+    config = json.loads((folder / CONFIG).read_text())
+    del config["lora_alpha"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
 def base(model: nn.Module | None = None, **tensors: Tensor | None) -> Path:
     """The file ``base.pt`` with a model's weights, some of them replaced or, where None, left out."""
     values = {**(model or net()).state_dict(), **{name.replace("_", "."): tensor for name, tensor in tensors.items()}}

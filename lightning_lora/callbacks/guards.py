@@ -258,15 +258,21 @@ def without_dropout(model: nn.Module, found: list[Site]) -> list[str]:
     ]
 
 
-def check_strategy(strategy: object) -> None:
+def check_strategy(strategy: object, fingerprint: str = "sampled") -> None:
     """Refuse strategies with which adapters could not be saved.
 
     Args:
         strategy: The Trainer's; told by class names, because two packages have classes of these names.
+        fingerprint: What saves are to say of the base.
 
     Raises:
-        ValueError: If it shards the model as adapters cannot be.
+        ValueError: If it shards the model as adapters cannot be, or divides a base that is to be looked at as a whole.
     """
+    if fingerprint == "full" and isinstance(strategy, ReplicatesAdapters):
+        raise ValueError(
+            f"fingerprint='full' under {type(strategy).__name__}: no process has the whole base when it saves: leave "
+            "it out, and write the folder in one process with save_adapter(model, folder, fingerprint='full')"
+        )
     kinds = {cls.__name__ for cls in type(strategy).__mro__}
     for stock, (reason, ours) in _SHARDING.items():
         if stock in kinds and not isinstance(strategy, ReplicatesAdapters):

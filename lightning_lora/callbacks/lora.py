@@ -46,6 +46,7 @@ from lightning_lora.callbacks.optimizers import Replacements, built_optimizers
 from lightning_lora.callbacks.schedules import Schedules
 from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import LR_EMBEDDING, check_ratio, link, split
+from lightning_lora.full_fingerprint import Fingerprint, check_fingerprint
 from lightning_lora.inject import Bias, inject, restructures
 from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
@@ -94,6 +95,8 @@ class LoRACallback(Callback):
             to another rank or scale.
         on_save_error: What follows if a checkpoint could not be written, as on a full disk: ``raise``, or ``warn`` and
             train on; no checkpoint is then removed until one was written again.
+        fingerprint: How a later load knows the base: by samples of the adapted weights, or, with ``full``, by every
+            value of every frozen weight. That costs reading the base at the first save of a run and at each load.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -120,7 +123,14 @@ class LoRACallback(Callback):
         allow_base_mismatch: bool = False,
         resume_mismatch: Mismatch = "error",
         on_save_error: Literal["raise", "warn"] = "raise",
+        fingerprint: Fingerprint = "sampled",
     ) -> None:
+        check_fingerprint(fingerprint)
+        if frozen_dtype is not None and fingerprint == "full":
+            raise ValueError(
+                f"frozen_dtype={frozen_dtype!r} rounds the weights that fingerprint='full' is to tell apart: leave one "
+                "of them out"
+            )
         if resume_mismatch not in get_args(Mismatch):
             raise ValueError(f"resume_mismatch={resume_mismatch!r}: must be 'error', 'reinit' or 'resize'")
         if on_save_error not in ("raise", "warn"):
@@ -147,6 +157,7 @@ class LoRACallback(Callback):
         self.allow_base_mismatch = allow_base_mismatch
         self.resume_mismatch = resume_mismatch
         self.on_save_error = on_save_error
+        self.fingerprint: Fingerprint = fingerprint
         self._undo: list[Callable[[], None]] = []
         self._audit: Audit | None = None
         self._frozen: FrozenWeights | None = None
@@ -159,7 +170,7 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wait for the module to be whole: its own ``setup`` and ``configure_model`` come after this hook."""
         self._undo_all()
-        check_strategy(trainer.strategy)
+        check_strategy(trainer.strategy, self.fingerprint)
         check_frozen_dtype(trainer, self.frozen_dtype)
         self._adapted_before = bool(sites(pl_module))
         self._replacements = Replacements(pl_module)
@@ -178,7 +189,12 @@ class LoRACallback(Callback):
         inner = present.checkpoint_io if isinstance(present, AdapterCheckpointIO) else present
         mismatch: Mismatch = self.resume_mismatch if stage == "fit" else "error"
         trainer.strategy.checkpoint_io = AdapterCheckpointIO(
-            inner, pl_module, self.allow_base_mismatch, mismatch, keep_going=self.on_save_error == "warn"
+            inner,
+            pl_module,
+            self.allow_base_mismatch,
+            mismatch,
+            keep_going=self.on_save_error == "warn",
+            fingerprint=self.fingerprint,
         )
         if stage == "fit" and averaging_callbacks(trainer):
             pl_module.configure_model()  # now, because their setup copies the module

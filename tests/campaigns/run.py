@@ -1,230 +1,142 @@
 """Run the campaigns, print their figures, and write ``benchmarks/results/reliability.md``.
 
-``python tests/campaigns/run.py`` takes a few minutes, with ``--long`` about an hour; ``--only kills`` measures one part
-and keeps the rest of the page.
+``python tests/campaigns/run.py`` takes a few minutes, with ``--long`` half an hour. Each trial is kept when it is done:
+ ``--only kills`` measures one part again and keeps the rest of the page, and ``--resume`` goes on after a stop.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
-import os
-import platform
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from campaigns import disks, kills, merges, mutations  # noqa: E402
+from campaigns import cases, disks, kills, merges, mutations  # noqa: E402
+from campaigns.page import page  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-SHORT = {"kills": 20, "mutations": 1000, "peft mutations": 100, "flips": 7, "peft flips": 61, "cycles": 100}
-LONG = {"kills": 1000, "mutations": 25000, "peft mutations": 1000, "flips": 1, "peft flips": 8, "cycles": 100}
+SHORT = {"kills": 20, "others' kills": 20, "mutations": 1000, "PEFT's mutations": 100, "flips": 7, "PEFT's flips": 61}
+SHORT |= {"cycles": 100, "signals": 2, "others' signals": 1, "bases": 10}
+LONG = {"kills": 1000, "others' kills": 200, "mutations": 25000, "PEFT's mutations": 500, "flips": 1, "PEFT's flips": 8}
+LONG |= {"cycles": 100, "signals": 20, "others' signals": 5, "bases": 100}
 
 
-def run_kills(size: dict[str, int], base: Path) -> dict[str, Any]:
-    found = {}
-    for name, make in {**kills.OURS, **kills.ANCHORS}.items():
-        start = time.perf_counter()
-        try:
-            writer = make()
-        except ImportError as error:
-            print(f"kills: {name}: left out, {error}")
-            continue
-        where = base / "run"
-        where.mkdir()
+class Trial(NamedTuple):
+    """One figure of the page: how large it is, and what measures it in an empty folder; None where it cannot be had."""
+
+    part: str
+    name: str
+    size: int
+    measure: Callable[[Path], Any]
+
+
+def kill(make: Callable[[], kills.Writer], count: int, where: Path) -> dict[str, Any] | None:
+    kills.NUMBERS, before = 2**20, kills.NUMBERS  # 4 MiB
+    try:
+        writer = make()
+        (where / "run").mkdir()
         if writer.elsewhere and kills.other_file_system(where) is None:
-            print(f"kills: {name}: left out, there is no other file system")
-            continue
-        counted = kills.measure(writer, size["kills"], where)
-        found[name] = {**counted._asdict(), "seconds": round(time.perf_counter() - start)}
-        print(f"kills: {name}: {found[name]}", flush=True)
-        for path in sorted(where.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        where.rmdir()
-    return found
+            return None
+        return {**kills.measure(writer, count, where / "run")._asdict(), "mebibytes": 4}
+    finally:
+        kills.NUMBERS = before
 
 
-def run_disks(size: dict[str, int], base: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def fill(kind: str, make: Callable[[], kills.Writer]) -> list[str] | None:
+    with disks.mounted(kind) as place:
+        return None if place is None else list(disks.measure(make(), place))
+
+
+def signalled(count: int, stock: bool, where: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, str(Path(__file__).with_name("signals.py")), "--signals", str(count)]
+    command += ["--json", str(where / "found"), *(["--stock"] if stock else [])]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads((where / "found").read_text())  # type: ignore[no-any-return]
+
+
+def trials(size: dict[str, int]) -> list[Trial]:
+    found = []
+    for name, make in {**kills.OURS, **kills.ANCHORS}.items():
+        count = size["kills" if name in kills.OURS else "others' kills"]
+        found.append(Trial("kills", name, count, lambda where, m=make, c=count: kill(m, c, where)))
     for kind in disks.KINDS:
         for name, make in {**kills.OURS, **kills.ANCHORS}.items():
-            with disks.mounted(kind) as place:
-                if place is None:
-                    print(f"disks: {kind}: left out, it cannot be mounted here")
-                    break
-                try:
-                    found.setdefault(name, {})[kind] = disks.measure(make(), place)
-                except ImportError:
-                    continue
-            print(f"disks: {kind}: {name}: {found[name][kind]}", flush=True)
-    return found
-
-
-def run_mutations(size: dict[str, int], base: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"ours": {}, "PEFT": {}}
-    for kind in mutations.KINDS:
-        found["ours"][kind] = mutations.measure(mutations.ours, kind, size["mutations"], base / "adapter")
-        print(f"mutations: ours: {kind}: {dict(found['ours'][kind])}", flush=True)
-    signed = mutations.measure(mutations.ours, "signed values", size["mutations"], base / "adapter")
-    print(f"mutations: ours: signed values: {dict(signed)}", flush=True)
-    found["signed"] = signed
-    for kind in mutations.KINDS:
-        try:
-            found["PEFT"][kind] = mutations.measure(mutations.by_peft, kind, size["peft mutations"], base / "adapter")
-        except ImportError:
-            break
-        print(f"mutations: PEFT: {kind}: {dict(found['PEFT'][kind])}", flush=True)
-    return found
-
-
-def run_flips(size: dict[str, int], base: Path) -> dict[str, Any]:
-    found = {"ours": mutations.flip(mutations.ours, size["flips"], base / "adapter")}
-    with suppress(ImportError):
-        found["PEFT"] = mutations.flip(mutations.by_peft, size["peft flips"], base / "adapter")
-    print(f"flips: {found}", flush=True)
-    return found
-
-
-def run_merges(size: dict[str, int], base: Path) -> dict[str, Any]:
-    found = {}
-    for name, cycle in {"ours": merges.ours, "PEFT": merges.by_peft}.items():
-        try:
-            found[name] = {str(dtype).removeprefix("torch."): cycle(dtype, size["cycles"]) for dtype in merges.DTYPES}
-        except ImportError:
-            continue
-        print(f"merges: {name}: {found[name]}", flush=True)
-    return found
-
-
-PARTS = {"kills": run_kills, "disks": run_disks, "mutations": run_mutations, "flips": run_flips, "merges": run_merges}
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines)
-
-
-def page(found: dict[str, Any]) -> str:
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("torch", "lightning", "safetensors", "peft", "transformers")
-        if any(one.metadata["Name"] == name for one in importlib.metadata.distributions())
-    )
-    parts = [
-        "# Reliability, measured",
-        "What is promised is in [docs/reliability.md](../../docs/reliability.md). These are counts of the campaigns in "
-        "`tests/campaigns/`, which measure this library and others with the same driver; `python "
-        "tests/campaigns/run.py --long` writes this page. Moments and changes are drawn from fixed seeds, but what a "
-        "kill hits depends on the machine.",
-        f"Measured with Python {platform.python_version()}, {versions}, on {os.cpu_count()} cores "
-        f"({platform.machine()}) that other work shared.",
-    ]
-    if "kills" in found:
-        rows = [
-            [name, f"{one['kills']} ({one['inside']})", one["lost"], one["torn"], one["left"], one["left_after"]]
-            for name, one in found["kills"].items()
-        ]
-        head = ["writer", "kills (inside a save)", "lost", "torn", "left behind", "after the next save"]
-        parts += [
-            "## Killed inside a save",
-            "SIGKILL at a random moment of a save of 16 MiB over a good artefact. Each save writes its number into all "
-            "tensors and, where there is one, into the config: *lost* cannot be read, *torn* has two numbers. *Left "
-            "behind* counts temporary files and folders of killed saves, and *after the next save* those that one more "
-            "save did not sweep. Power loss is not simulated.",
-            table(head, rows),
-        ]
-    if "disks" in found:
-        kinds = [kind for kind in disks.KINDS if any(kind in one for one in found["disks"].values())]
-        rows = [
-            [name, *(one.get(kind, ["", ""])[0] for kind in kinds), one[kinds[0]][1].replace("|", " ")[:160]]
-            for name, one in found["disks"].items()
-        ]
-        parts += [
-            "## No room",
-            "A save over a good artefact of 16 MiB where 1 MiB is free, of 32 MiB where the content can grow: is "
-            f"the old one still there, and what is said (on {kinds[0]})?",
-            table(["writer", *kinds, "said"], rows),
-        ]
-    if "mutations" in found:
-        rows = []
-        for who in ("ours", "PEFT"):
-            for kind, one in found["mutations"][who].items():
-                known = {"AdapterError"} if who == "ours" else set()
-                others = {name: n for name, n in one.items() if name not in ("exact", "silent", *known)}
-                classes = ", ".join(f"{name} {n}" for name, n in Counter(others).most_common())
-                rows.append(
-                    [
-                        kind,
-                        who,
-                        sum(one.values()),
-                        one.get("AdapterError", 0),
-                        one.get("exact", 0),
-                        one.get("silent", 0),
-                        f"{sum(others.values())}" + (f" ({classes})" if classes else ""),
-                    ]
+            found.append(Trial("disks", f"{kind}: {name}", 1, lambda where, k=kind, m=make: fill(k, m)))
+    for who, load in {"ours": mutations.ours, "PEFT": mutations.by_peft}.items():
+        count = size["mutations" if who == "ours" else "PEFT's mutations"]
+        for kind in (*mutations.KINDS, *(["signed values"] if who == "ours" else [])):
+            act = lambda where, a=load, k=kind, c=count: mutations.measure(a, k, c, where / "adapter")  # noqa: E731
+            found.append(Trial("mutations", f"{who}: {kind}", count, act))
+        every = size["flips" if who == "ours" else "PEFT's flips"]
+        flips = lambda where, a=load, e=every: mutations.flip(a, e, where / "adapter")  # noqa: E731
+        found.append(Trial("flips", who, every, flips))
+    for case in (*cases.CASES, cases.OTHER_BASE):
+        for name, reader, own in (
+            ("ours, of ours", cases.ours, True),
+            ("ours, of PEFT's", cases.ours, False),
+            ("PEFT", cases.by_peft, False),
+        ):
+            found.append(
+                Trial(
+                    "cases", f"{name}: {case}", 1, lambda where, r=reader, c=case, o=own: cases.measure(r, c, o, where)
                 )
-        signed = found["mutations"]["signed"]
-        foreign = sum(n for name, n in signed.items() if name not in ("AdapterError", "exact", "silent"))
-        parts += [
-            "## Changed folders",
-            "A small adapter folder with bytes or values changed at random. *Exact*: it loads and gives the output "
-            "that was saved, bit for bit. *Silent*: it loads and gives another.",
-            table(["changed", "reader", "folders", "AdapterError", "exact", "silent", "other errors"], rows),
-            f"Of {sum(signed.values())} more whose description was changed and signed anew, so that the "
-            "checksum is right and other outputs are what the file says, "
-            f"{foreign} ended in another error than AdapterError.",
-        ]
-    if "flips" in found:
-        rows = [[who, total, seen, f"{seen / total:.2%}"] for who, (seen, total) in found["flips"].items()]
-        parts += [
-            "## Flipped bits",
-            "Single bits of a small adapter's weights file.",
-            table(["reader", "flipped", "seen", "share"], rows),
-        ]
-    if "merges" in found:
-        rows = [
-            [who, dtype, f"{one[0]:.2%}", f"{one[1]:.1e}" if one[1] else "0"]
-            for who, each in found["merges"].items()
-            for dtype, one in each.items()
-        ]
-        parts += [
-            "## Merged and unmerged a hundred times",
-            "Weights of the base that are not what they were, and the error relative to their norm.",
-            table(["library", "dtype", "changed", "error"], rows),
-        ]
-    return "\n\n".join(parts) + "\n"
+            )
+    for kind in cases.BASES:
+        count = size["bases"]
+        found.append(Trial("bases", kind, count, lambda where, k=kind, c=count: cases.other_bases(k, c, where)))
+    found.append(Trial("modes", "modes", 1, cases.modes))
+    for who, cycle in {"ours": merges.ours, "PEFT": merges.by_peft}.items():
+        for dtype in merges.DTYPES:
+            merge = lambda where, a=cycle, d=dtype: a(d, size["cycles"])  # noqa: E731
+            found.append(Trial("merges", f"{who}: {str(dtype).removeprefix('torch.')}", size["cycles"], merge))
+    for who, stock in {"ours": False, "Lightning": True}.items():
+        count = size["others' signals" if stock else "signals"]
+        found.append(Trial("signals", who, count, lambda where, c=count, s=stock: signalled(c, s, where)))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--long", action="store_true")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
-    parser.add_argument("--kills", type=int, help="of each writer")
+    parts = list(dict.fromkeys(trial.part for trial in trials(SHORT)))
+    parser.add_argument("--only", choices=parts, nargs="+", default=parts)
+    parser.add_argument("--resume", action="store_true", help="leave out what is there at this size")
     parser.add_argument("--no_page", action="store_true", help="print only")
     options = parser.parse_args()
-    size = (LONG if options.long else SHORT) | ({"kills": options.kills} if options.kills else {})
     torch.set_num_threads(1)
     logging.disable()  # others log the errors that are counted, and warn of them
     warnings.simplefilter("ignore")
     store = RESULTS / "reliability.json"
-    for part in options.only:
-        memory = Path("/dev/shm") if part in ("mutations", "flips") else ROOT
+    chosen = [trial for trial in trials(LONG if options.long else SHORT) if trial.part in options.only]
+    began = time.monotonic()
+    for number, trial in enumerate(chosen, start=1):
+        found = json.loads(store.read_text()) if store.exists() else {}
+        if options.resume and found.get(trial.part, {}).get(trial.name, {}).get("size") == trial.size:
+            continue
+        memory = Path("/dev/shm") if trial.part in ("mutations", "flips", "cases", "bases") else ROOT
         with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else ROOT) as name:
-            measured = PARTS[part](size, Path(name))
-        if not options.no_page:
-            found = (json.loads(store.read_text()) if store.exists() else {}) | {part: measured}
+            try:
+                measured = trial.measure(Path(name))
+            except ImportError as error:
+                measured = None
+                print(f"left out, {error}")
+        minutes = (time.monotonic() - began) / 60
+        shown = str(measured)[:300]
+        print(f"{number} of {len(chosen)}, {minutes:.1f} min: {trial.part}: {trial.name}: {shown}", flush=True)
+        if measured is not None and not options.no_page:
+            found.setdefault(trial.part, {})[trial.name] = {"size": trial.size, "found": measured}
             store.write_text(json.dumps(found, indent=1) + "\n")
             (RESULTS / "reliability.md").write_text(page(json.loads(store.read_text())))
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from campaigns import disks, kills, merges, mutations
+from campaigns import cases, disks, kills, merges, mutations
+from campaigns.page import page
+from campaigns.run import LONG, trials
 from lightning_lora.checkpoints import AtomicCheckpointIO
 
 
@@ -58,3 +60,37 @@ def test_a_full_disk_keeps_what_was_there() -> None:
         kept, said = disks.measure(kills.checkpoint(AtomicCheckpointIO(), False), place)
     assert kept == "kept"
     assert "No space left on device" in said
+
+
+@pytest.mark.parametrize("case", [*cases.CASES, cases.OTHER_BASE])
+def test_known_damage_of_a_folder_of_ours_is_an_adapter_error_or_leaves_the_output(case: str, tmp_path: Path) -> None:
+    what, _, grown = cases.measure(cases.ours, case, True, tmp_path)
+    assert what in ("exact", "error: AdapterError")
+    assert grown < 10
+
+
+def test_other_bases_are_refused_all_of_them_with_the_full_fingerprint(tmp_path: Path) -> None:
+    for kind in cases.BASES:
+        found = cases.other_bases(kind, 2, tmp_path)
+        assert found["ours, fingerprint='full'"] == 2
+        assert found["ours"] == 2 or "one value" in kind or "without adapters" in kind
+
+
+def test_at_full_size_the_campaigns_are_as_large_as_promised() -> None:
+    sizes = {(one.part, one.name): one.size for one in trials(LONG)}
+    assert [sizes["kills", name] for name in kills.OURS] == [1000] * 3
+    assert sum(sizes["mutations", f"ours: {kind}"] for kind in mutations.KINDS) == 100_000
+    assert sizes["flips", "ours"] == 1
+    assert sizes["signals", "ours"] == 20
+    assert {sizes["merges", f"ours: {dtype}"] for dtype in ("float32", "bfloat16", "float16")} == {100}
+
+
+def test_the_page_is_written_from_what_is_there() -> None:
+    found = {"flips": {"ours": {"size": 1, "found": [8, 8]}}, "modes": {"modes": {"size": 1, "found": MODES}}}
+    written = page(found)
+    assert "| bits flipped in a small adapter: seen | 8 of 8 |" in written
+    assert "0644" in written
+    assert "Killed" not in written
+
+
+MODES = {"umask": ["0022"], "ours": ["0644"], "safetensors `save_file`": ["0600"]}
