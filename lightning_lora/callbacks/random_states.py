@@ -16,13 +16,14 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler
 
+from lightning_lora.callbacks.preemption import validates_next
 from lightning_lora.files import SECTION
 
 _KEY = f"{SECTION}.random_states"
 
 
 def save_random_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Add the random states of all processes to the checkpoint that rank zero writes.
+    """Add the random states of all processes to the checkpoint that rank zero writes, and their places in the data.
 
     Args:
         trainer: The Trainer; every process has to come here, unless an exception ended one of them.
@@ -32,6 +33,7 @@ def save_random_states(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if trainer.world_size == 1:
         checkpoint[_KEY] = [own]
     elif not trainer.interrupted:  # else the others may never come
+        own["loaders"] = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         every = [own] * trainer.world_size if trainer.is_global_zero else None
         dist.gather_object(own, every)
         checkpoint[_KEY] = every
@@ -52,20 +54,23 @@ def restore_random_states(trainer: Trainer, checkpoint: dict[str, Any]) -> Calla
         What takes this back if training does not begin.
     """
     every: list[dict[str, Any]] = checkpoint.get(_KEY, [])
+    own = every[trainer.global_rank] if len(every) == trainer.world_size else {}
+    if "loaders" in own:
+        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = own["loaders"]
     undo: list[Callable[[], None]] = []
 
     def begin() -> None:
         _warn_of_lost_place(trainer)
+        _warn_of_lost_validation(trainer)
         _warn_of_other_states(trainer, len(every))
-        if len(every) != trainer.world_size:
+        if not own:
             return
-        states = every[trainer.global_rank]
-        _put_back(trainer, states)
+        _put_back(trainer, own)
         _start_epoch_as_always(trainer)
         if trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation:  # it is run again, as a whole
-            undo.append(_once_after(trainer.strategy, "on_validation_end", lambda: _put_back(trainer, states)))
+            undo.append(_once_after(trainer.strategy, "on_validation_end", lambda: _put_back(trainer, own)))
         if _in_mid_epoch(trainer) and _finds_place_late(trainer):
-            undo.append(_once_after(trainer.strategy, "on_train_batch_start", lambda: _put_back(trainer, states)))
+            undo.append(_once_after(trainer.strategy, "on_train_batch_start", lambda: _put_back(trainer, own)))
 
     def take_back() -> None:
         while undo:
@@ -87,7 +92,7 @@ def _start_epoch_as_always(trainer: Trainer) -> None:
         often: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if often and trainer.current_epoch % often == 0:
             loop._last_train_dl_reload_epoch = float("-inf")
-    elif loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
+    elif _at_last_batch(trainer):
         loop.reset_restart_stage()  # so that it counts the epoch, without which the next resume would go wrong
         for loader in _loaders(trainer):
             _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
@@ -144,6 +149,11 @@ def _in_mid_epoch(trainer: Trainer) -> bool:
     return trainer.fit_loop.restarting and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
+def _at_last_batch(trainer: Trainer) -> bool:
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch
+
+
 def _finds_place_late(trainer: Trainer) -> bool:
     """Tell whether an iterator of the data does nothing, so draws nothing, until it is asked for a batch."""
     combined: Any = trainer.fit_loop._combined_loader
@@ -173,8 +183,8 @@ def _warn_of_lost_place(trainer: Trainer) -> None:
     stateless = [type(loader).__name__ for loader in _loaders(trainer) if not isinstance(loader, _Stateful)]
     if stateless:
         rank_zero_warn(
-            f"the checkpoint was written in the middle of an epoch and {stateless[0]} cannot go back to its place there, "
-            "so it starts over and this run differs from the uninterrupted one: resume from the end of an epoch, or "
+            f"the checkpoint was written in the middle of an epoch and {stateless[0]} cannot go back to its place, so "
+            "it starts over and this run differs from the uninterrupted one: resume from the end of an epoch, or "
             "give a loader with state_dict and load_state_dict, such as torchdata's StatefulDataLoader"
         )
     elif fetcher is not None and fetcher.length is None:
@@ -182,6 +192,21 @@ def _warn_of_lost_place(trainer: Trainer) -> None:
             "the checkpoint was written in the middle of an epoch by a loader without a length, from which Lightning "
             "takes one batch ahead, so a batch is left out and this run differs from the uninterrupted one: resume "
             "from the end of an epoch, or give the loader __len__"
+        )
+
+
+def _warn_of_lost_validation(trainer: Trainer) -> None:
+    """Say if the save came between a batch and the validation that follows it."""
+    loop, often = trainer.fit_loop, trainer.check_val_every_n_epoch
+    if _at_last_batch(trainer):  # Lightning has counted that epoch already
+        due = trainer.enable_validation and (often is None or trainer.current_epoch % often == 0)
+    else:
+        due = loop.epoch_loop.restarted_on_train_batch_end and validates_next(trainer)
+    if due:
+        rank_zero_warn(
+            "the checkpoint was written before a validation that was due, which Lightning leaves out, so this run "
+            "differs from the uninterrupted one: resume from a step that no validation follows, or from the end of an "
+            "epoch"
         )
 
 
