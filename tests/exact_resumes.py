@@ -94,6 +94,7 @@ def train(
     seed_by: int = 0,
     module: Lit | None = None,
     validation: Any = None,
+    again: bool = False,
     **options: Any,
 ) -> Lit:
     """Train a new module for some epochs of four steps; resumed runs start from other random numbers.
@@ -107,6 +108,7 @@ def train(
         seed_by: Added to the seed.
         module: Another one than the usual.
         validation: The validation loader.
+        again: Whether a resumed run writes checkpoints too.
         options: Of the Trainer.
 
     Returns:
@@ -114,9 +116,10 @@ def train(
     """
     seed(seed_by + (1000 if resumed else 0))
     module = module or Lit()
+    kept = -1 if again or not resumed else 0
     savers = (
-        ModelCheckpoint(folder, "{epoch}", save_top_k=-1),
-        ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=3),
+        ModelCheckpoint(folder, "{epoch}", save_top_k=kept),
+        ModelCheckpoint(folder, "{step}", save_top_k=kept, every_n_train_steps=3),
     )
     callbacks = (LoRACallback(method or LoRA(r=2)), *callbacks, *savers)
     run = trainer(callbacks=list(callbacks), **{"max_epochs": EPOCHS} | options)

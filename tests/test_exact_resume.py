@@ -164,7 +164,7 @@ def test_with(setting: str, tmp_path: Path) -> None:
 def test_when_what_was_resumed_is_resumed_again(options: dict[str, Any], tmp_path: Path) -> None:
     whole = train(tmp_path, Placed(DATA, True), method=DROPOUT, **options)
     for moment in ("step=3.ckpt", "step=6-v1.ckpt", "epoch=1-v2.ckpt", "step=12-v3.ckpt", "epoch=3-v4.ckpt"):
-        again = train(tmp_path, Placed(DATA, True), moment, method=DROPOUT, **options)
+        again = train(tmp_path, Placed(DATA, True), moment, method=DROPOUT, again=True, **options)
         assert moment == "epoch=3-v4.ckpt" or same(again, whole) == EXACT, moment
 
 
