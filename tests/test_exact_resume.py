@@ -109,7 +109,7 @@ class Counts(Lit):
 
 
 class Loads(Lit):
-    """Makes a new loader for each epoch."""
+    """Makes its loader anew, and draws a number then."""
 
     def train_dataloader(self) -> Any:
         torch.rand(1)
@@ -135,10 +135,10 @@ SETTINGS: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
     "a count of steps before the fit": (lambda: plain(shuffle=True), [BOUNDARY], {"module": Counts}),
     "an end by steps": (lambda: plain(shuffle=True), [BOUNDARY], {"max_steps": 16, "max_epochs": -1}),
     "accumulated gradients": (lambda: plain(shuffle=True), ["epoch=1.ckpt"], {"accumulate_grad_batches": 2}),
-    "a new loader for each epoch": (
+    "a new loader every second epoch": (
         lambda: None,
         [BOUNDARY],
-        {"module": Loads, "reload_dataloaders_every_n_epochs": 1},
+        {"module": Loads, "reload_dataloaders_every_n_epochs": 2},
     ),
     "a moving average": (lambda: Placed(DATA, True), [BOUNDARY, MIDDLE], {"callbacks": (AdapterEMA(0.5),)}),
     "validations": (lambda: Placed(DATA, True), [BOUNDARY, MIDDLE], {"validation": loader(2)}),
@@ -160,12 +160,12 @@ def test_with(setting: str, tmp_path: Path) -> None:
         assert same(train(tmp_path, batches(), moment, module=module(), **options), whole) == EXACT, moment
 
 
-@pytest.mark.parametrize("options", [{}, {"max_steps": 16, "max_epochs": -1}])
+@pytest.mark.parametrize("options", [{"max_epochs": 5}, {"max_steps": 20, "max_epochs": -1}])
 def test_when_what_was_resumed_is_resumed_again(options: dict[str, Any], tmp_path: Path) -> None:
     whole = train(tmp_path, Placed(DATA, True), method=DROPOUT, **options)
     for moment in ("step=3.ckpt", "step=6-v1.ckpt", "epoch=1-v2.ckpt", "step=12-v3.ckpt", "epoch=3-v4.ckpt"):
         again = train(tmp_path, Placed(DATA, True), moment, method=DROPOUT, again=True, **options)
-        assert moment == "epoch=3-v4.ckpt" or same(again, whole) == EXACT, moment
+        assert same(again, whole) == EXACT, moment
 
 
 @pytest.mark.filterwarnings("ignore:.*was called without a model")
