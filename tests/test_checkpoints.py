@@ -263,6 +263,7 @@ def test_a_merged_model_is_not_saved(trained: Any, trainer: Any, tmp_path: Path)
     assert names(tmp_path) == pairs("trained")
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint was written in the middle of an epoch and DataLoader")
 @pytest.mark.filterwarnings(  # Lightning, where this callback is
     "ignore:`.fit.ckpt_path=None.` was called without a model",
     "ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint",
@@ -622,6 +623,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint was written before a validation that was due")
 @pytest.mark.parametrize("where", ["at an epoch's end", "in the middle of an epoch"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(

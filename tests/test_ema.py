@@ -602,6 +602,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint was written before a validation that was due")
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(case: str, trainer: Any, tmp_path: Path) -> None:
     lora, average, options = CASES[case]

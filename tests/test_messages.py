@@ -33,10 +33,12 @@ from triggers import (
     NoisyLinear,
     Normed,
     Outer,
+    Placed,
     Pretrained,
     Replaces,
     Stateful,
     Tied,
+    WithoutLength,
     adapted,
     averaged_checkpoint,
     base,
@@ -77,6 +79,7 @@ from triggers import (
     repeated,
     requeue,
     resume,
+    resume_after_one_batch,
     saved,
     seen_inputs,
     set_up,
@@ -91,6 +94,7 @@ from triggers import (
     two_tables,
     while_merged,
     with_attribute,
+    with_random_states,
     without_alpha,
     without_config,
     without_file,
@@ -1270,6 +1274,27 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "there": leaving,
         "scontrol requeue 4217 failed, so submit the job again yourself: [Errno 2] No such file or directory: "
         "'scontrol'": requeue,
+    },
+    ("callbacks/random_states", UserWarning): {
+        "the checkpoint holds no random states, as those of earlier versions and those that an exception in one of "
+        "several processes left, so with dropout or shuffling this run differs from the uninterrupted one: "
+        "checkpoints that it writes will hold them": lambda: resume(with_random_states(dict.pop)),
+        "the checkpoint holds the random states of 2 processes and this run has 1, so with dropout or shuffling it "
+        "differs from the uninterrupted one: resume with 2 processes": (
+            lambda: resume(with_random_states(lambda content, key: content[key].append(content[key][0])))
+        ),
+        "the checkpoint was written in the middle of an epoch and DataLoader cannot go back to its place, so it starts "
+        "over and this run differs from the uninterrupted one: resume from the end of an epoch, or give a loader with "
+        "state_dict and load_state_dict, such as torchdata's StatefulDataLoader": (
+            lambda: resume_after_one_batch(loader(2))
+        ),
+        "the checkpoint was written in the middle of an epoch by a loader without a length, from which Lightning takes "
+        "one batch ahead, so a batch is left out and this run differs from the uninterrupted one: resume from the end "
+        "of an epoch, or give the loader __len__": lambda: resume_after_one_batch(Placed(WithoutLength(), None)),
+        "the checkpoint was written before a validation that was due, which Lightning leaves out, so this run differs "
+        "from the uninterrupted one: resume from a step that no validation follows, or from the end of an epoch": (
+            lambda: resume_after_one_batch(loader(1), val_dataloaders=loader(1))
+        ),
     },
     ("strategies/ddp", ValueError): {
         "strategy=LoRADDPStrategy: no parameter of Net requires a gradient, so there is nothing to train: give "

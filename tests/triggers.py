@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint as checkpoint_of
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora import (
     AdapterEMA,
@@ -169,6 +170,45 @@ def raised_note(room: str, run: Callable[[], object]) -> None:
 
 def checkpoint(module: Any = None, **options: Any) -> str:
     fit(module, **options).save_checkpoint("best.ckpt")
+    return "best.ckpt"
+
+
+class Saves(L.Callback):
+    """Saves a checkpoint after the first batch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            trainer.save_checkpoint("best.ckpt")
+
+
+class WithoutLength(IterableDataset[Any]):
+    """Gives the batches of a loader."""
+
+    def __iter__(self) -> Any:
+        return iter(loader(2))
+
+
+class Placed(DataLoader[Any]):
+    """Says that it can go back to its place."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def resume_after_one_batch(batches: Any, **options: Any) -> None:
+    """Save amid an epoch, and go on from there."""
+    trainer(LoRACallback(LoRA(r=2)), Saves()).fit(Lit(), batches, **options)
+    trainer(LoRACallback(LoRA(r=2))).fit(Lit(), batches, ckpt_path="best.ckpt", **options)
+
+
+def with_random_states(change: Callable[[dict[str, Any], str], None]) -> str:
+    """Change the random states in a checkpoint."""
+    content = torch.load(checkpoint())
+    change(content, "lightning_lora.random_states")
+    torch.save(content, "best.ckpt")
     return "best.ckpt"
 
 

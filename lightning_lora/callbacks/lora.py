@@ -43,6 +43,7 @@ from lightning_lora.callbacks.guards import (
     without_dropout,
 )
 from lightning_lora.callbacks.optimizers import Replacements, built_optimizers
+from lightning_lora.callbacks.random_states import restore_random_states, save_random_states
 from lightning_lora.callbacks.schedules import Schedules
 from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import LR_EMBEDDING, check_ratio, link, split
@@ -364,9 +365,16 @@ class LoRACallback(Callback):
         self._undo_all()
 
     @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what a resumed run goes on drawing from."""
+        save_random_states(trainer, checkpoint)
+
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at the adapters anew: those of a checkpoint may be fewer than were injected."""
         self._found = sites(pl_module, TASK)
+        if trainer.state.fn == "fit":
+            self._undo.append(restore_random_states(trainer, checkpoint))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class PreemptionCheckpoint(OnExceptionCheckpoint):
         before, self._steps = self._steps, trainer.global_step
         self._stepped = self._steps > before
         if self._stepped and not trainer.is_last_batch:
-            self._leave_if_told(trainer, unless=_validates_next(trainer))
+            self._leave_if_told(trainer, unless=validates_next(trainer))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,7 +162,7 @@ class PreemptionCheckpoint(OnExceptionCheckpoint):
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
-def _validates_next(trainer: Trainer) -> bool:
+def validates_next(trainer: Trainer) -> bool:
     """Tell whether a validation follows the batch that ran, which a run resumed from here would leave out."""
     fetcher = trainer.fit_loop._data_fetcher
     return (
