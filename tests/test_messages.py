@@ -1255,7 +1255,7 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "configure_optimizers of Replaces was replaced in its setup, after LoRACallback had wrapped it, so "
         "adapters or optimizer groups are missing: replace it in __init__": lambda: fit(Replaces()),
     },
-    ("callbacks/lora", UserWarning): {
+    ("callbacks/injection", UserWarning): {
         "InSetup built its layers anew, so what was trained in it is gone and its adapters are fresh: pass "
         "ckpt_path, or let it build only what is not there yet": (
             lambda: (module := InSetup(), fit(module).test(module, loader(1)))

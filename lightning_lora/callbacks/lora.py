@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -32,34 +31,27 @@ from lightning_lora.callbacks.guards import (
     check_base_untied,
     check_connected,
     check_frozen_dtype,
-    check_launcher,
     check_present,
     check_strategy,
-    check_unwrapped,
     frozen_norms,
     hold_still,
-    plain_linear,
-    tied_to_frozen,
-    without_dropout,
 )
+from lightning_lora.callbacks.injection import adapt
 from lightning_lora.callbacks.optimizers import Replacements, built_optimizers
 from lightning_lora.callbacks.random_states import restore_random_states, save_random_states
+from lightning_lora.callbacks.replaced_methods import ReplacedMethods
 from lightning_lora.callbacks.schedules import Schedules
 from lightning_lora.checkpoints import TASK, AdapterCheckpointIO, tolerate_missing_base
 from lightning_lora.derived_groups import LR_EMBEDDING, check_ratio, link, split
 from lightning_lora.full_fingerprint import Fingerprint, check_fingerprint
-from lightning_lora.inject import Bias, inject, restructures
+from lightning_lora.inject import Bias, inject
 from lightning_lora.merge import check_not_merged
 from lightning_lora.method import Method
 from lightning_lora.methods.lora import LoRA
-from lightning_lora.report import table, totals
 from lightning_lora.resuming import Mismatch
 from lightning_lora.sites import Site, sites
-from lightning_lora.strategies.fsdp import is_wrapped
 from lightning_lora.strategies.replication import ReplicatesAdapters
 from lightning_lora.targets import find_targets
-
-_ABSENT = object()
 
 
 class LoRACallback(Callback):
@@ -164,7 +156,7 @@ class LoRACallback(Callback):
         self._frozen: FrozenWeights | None = None
         self._found: list[Site] = []
         self._adapted_before = False
-        self._pending: set[str] = set()
+        self._replaced_methods = ReplacedMethods()
         self._schedules = Schedules()
 
     @override
@@ -175,13 +167,15 @@ class LoRACallback(Callback):
         check_frozen_dtype(trainer, self.frozen_dtype)
         self._adapted_before = bool(sites(pl_module))
         self._replacements = Replacements(pl_module)
-        self._wrap(pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, stage, build))
+        self._replaced_methods.replace(
+            pl_module, "configure_model", lambda build: self._configure_model(trainer, pl_module, stage, build)
+        )
         if stage == "fit":
             check_conflicts(trainer)
             check_order(trainer, self)
             check_averageable(trainer, self.method)
             check_divided(trainer, self.method)
-            self._wrap(
+            self._replaced_methods.replace(
                 pl_module, "configure_optimizers", lambda build: self._configure_optimizers(trainer, pl_module, build)
             )
         tolerant = pl_module.register_load_state_dict_post_hook(tolerate_missing_base)  # type: ignore[no-untyped-call]
@@ -205,46 +199,27 @@ class LoRACallback(Callback):
     ) -> None:
         self._replacements = Replacements(pl_module)
         build()
-        self._inject(trainer, pl_module, stage)
+        self._adapt(trainer, pl_module, stage)
 
-    @plain_linear()
-    def _inject(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        trainer.precision_plugin.convert_module(pl_module)  # plugins that replace layers would replace adapted ones
-        wrapped = is_wrapped(pl_module)  # by an earlier run; weights have other shapes now
-        if not wrapped:
-            check_unwrapped(pl_module)
-        known = len(sites(pl_module))
-        if self._adapted_before and not known:
-            rank_zero_warn(
-                f"{type(pl_module).__name__} built its layers anew, so what was trained in it is gone and its adapters "
-                "are fresh: pass ckpt_path, or let it build only what is not there yet"
-            )
-        restructured = restructures(pl_module, self.method, TASK)  # an earlier run chose ranks and places
-        self._found = sites(pl_module, TASK) if restructured or wrapped else self._injected(trainer, pl_module)
-        if len(self._found) > known:
-            check_launcher(trainer.strategy)
-            tied = tied_to_frozen(pl_module)
-            if tied is not None:
-                rank_zero_warn(tied)
-            if stage == "fit":
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._found, fresh = adapt(
+            trainer,
+            pl_module,
+            self.method,
+            partial(self._inject, trainer, pl_module),
+            adapted_before=self._adapted_before,
+            lr_ratio=self.lr_ratio,
+        )
+        if stage == "fit":
+            if fresh:
                 copied = bool(averaging_callbacks(trainer))
                 self._undo.append(start_when_restored(trainer, pl_module, self.method, now=copied))
-            rank_zero_info(f"{table(self._found)}\n{totals(pl_module)}")
-            for doubt in self.method.doubts(self.lr_ratio):
-                rank_zero_warn(doubt)
-            vain = without_dropout(pl_module, self._found)
-            if vain:
-                rank_zero_warn(
-                    f"the adapters' dropout has no effect at {len(vain)} matrices (first: {vain[0]}): the forward of "
-                    "their layer reads them, or looks rows up, instead of multiplying an input by them"
-                )
-        if stage == "fit":
             check_norms(trainer, pl_module)
             check_base_untied(pl_module, self._found, self.method)
             check_droppable(pl_module, self.method)
             self._set_modes(pl_module)  # already here: what finds learning rates and batch sizes skips later hooks
 
-    def _injected(self, trainer: Trainer, pl_module: LightningModule) -> list[Site]:
+    def _inject(self, trainer: Trainer, pl_module: LightningModule) -> list[Site]:
         seed = os.environ.get("PL_GLOBAL_SEED")  # the same on every rank, which PyTorch's own seed need not be
         return inject(
             pl_module,
@@ -292,7 +267,7 @@ class LoRACallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that everything is still as it was set up, now that strategy and plugins had their turn."""
-        for name in self._pending:
+        for name in self._replaced_methods.pending:
             raise RuntimeError(
                 f"{name} of {type(pl_module).__name__} was replaced in its setup, after LoRACallback had wrapped it, "
                 "so adapters or optimizer groups are missing: replace it in __init__"
@@ -390,29 +365,8 @@ class LoRACallback(Callback):
         """Hand schedules the state that they had."""
         self._schedules.load_state_dict(state_dict.get("schedules", []))
 
-    def _wrap(self, module: nn.Module, name: str, run: Callable[[Callable[[], Any]], Any]) -> None:
-        """Replace a method on this one object until it has run once, or until the run ends."""
-        previous = module.__dict__.get(name, _ABSENT)
-
-        def restore() -> None:
-            self._pending.discard(name)
-            if module.__dict__.get(name) is not once:
-                return
-            if previous is _ABSENT:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = previous
-
-        def once() -> Any:  # no functools.wraps: Lightning looks through __wrapped__ and would not call it
-            restore()
-            self._undo.remove(restore)
-            return run(getattr(module, name))
-
-        module.__dict__[name] = once
-        self._pending.add(name)
-        self._undo.append(restore)
-
     def _undo_all(self) -> None:
+        self._replaced_methods.restore_all()
         while self._undo:
             self._undo.pop()()
         if self._audit is not None:
