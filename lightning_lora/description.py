@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter import SHARED
 from lightning_lora.files import SCHEMA, AdapterError
-from lightning_lora.inject import check_task_name
+from lightning_lora.injection_checks import check_task_name
 from lightning_lora.layout import Layout, whole_number
 from lightning_lora.method import Method, known_methods
 from lightning_lora.peft_layers import FORMS

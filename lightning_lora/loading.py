@@ -24,7 +24,8 @@ from lightning_lora.files import AdapterError, some
 from lightning_lora.fingerprint import base_weights
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
 from lightning_lora.full_fingerprint import check_frozen_digests
-from lightning_lora.inject import check_task_name, insert
+from lightning_lora.inject import insert
+from lightning_lora.injection_checks import check_task_name
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, read_adapters

@@ -23,7 +23,7 @@ from lightning_lora.fingerprint import base_weights
 from lightning_lora.full_fingerprint import Fingerprint, check_fingerprint, frozen_digests
 from lightning_lora.merge import check_not_merged
 from lightning_lora.sites import BaseWeight, Site, clean, join, named_submodules, relative, sites, tied_names
-from lightning_lora.state import own_entries, trained_in_full
+from lightning_lora.state import own_state_dict, trained_in_full
 from lightning_lora.whole_files import write_folder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -59,8 +59,7 @@ def save_adapter(
         others = [file for file in files if file not in (WEIGHTS, CONFIG, OUTSIDE)]
         if others:
             raise FileExistsError(f"{path} holds other files, such as {others[0]}: give the adapter its own folder")
-    ours = own_entries(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
+    state = own_state_dict(model)
     check_finite(model, state, path)
     digests = frozen_digests(model) if fingerprint == "full" else {}
     write_folder(path, folder_contents(model, state, task, base_weights(sites(model, task)), digests))

@@ -15,7 +15,7 @@ from lightning_lora.layout import Layout
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # a layer's number in a name
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
 
 
 class BaseWeight(NamedTuple):
@@ -176,7 +176,7 @@ def named_base_modules(model: nn.Module, remove_duplicate: bool = True) -> list[
         own = module._modules
         if own:
             inside = f"{name}." if name else ""
-            ours = own["adapters"] if slots_of(module) else None
+            ours = own["adapters"] if "adapters" in own and slots_of(module) else None
             pending += [
                 (inside + key, child) for key, child in reversed(own.items()) if child is not None and child is not ours
             ]
@@ -207,9 +207,7 @@ def added_modules(model: nn.Module) -> set[int]:
 
 def clean(name: str) -> str:
     """Return a module or parameter name without the parts that wrappers (compile, FSDP, checkpointing) put in it."""
-    if not any(wrapper in name for wrapper in _WRAPPERS):
-        return name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return _WRAPPER.sub("", name).removesuffix(".") if _WRAPPER.search(name) else name
 
 
 def join(*parts: str) -> str:
@@ -237,10 +235,12 @@ def sites(model: nn.Module, task: str | None = None) -> list[Site]:
     found: list[Site] = []
     seen: set[int] = set()  # tied weights share one slot
     for prefix, module in named_base_modules(model):
+        if "adapters" not in module._modules:
+            continue
         for key, slot in slots_of(module).items():
             if id(slot) not in seen and (task is None or task in slot):
                 seen.add(id(slot))
-                found.append(Site(clean(join(prefix, key)), module, slot.parameter))
+                found.append(Site(clean(f"{prefix}.{key}" if prefix else key), module, slot.parameter))
     return found
 
 
