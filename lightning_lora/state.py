@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.adapter import Shared
 from lightning_lora.sites import clean, join, named_base_modules, slots_of
 
 MARK = "trained_in_full"
@@ -65,13 +66,7 @@ def own_entries(model: nn.Module) -> set[str]:
 
 
 def own_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return our entries of a model's state dict, which share its memory; the base's are not even looked up.
-
-    Where hooks have a say in state dicts, as those of the first FSDP, the whole one is made and ours are taken from it.
-    """
-    if any(m._state_dict_hooks or m._state_dict_pre_hooks for _, m in named_base_modules(model)):
-        ours = own_entries(model)
-        return {name: value for name, value in model.state_dict().items() if name in ours}
+    """Return our entries of a model's state dict as they lie in memory, without a state dict of the base."""
     return {name: _value(module, entry) for name, module, entry in _own(model)}
 
 
@@ -84,7 +79,7 @@ def _own(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield join(prefix, entry), module, entry
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             yield join(prefix, _EXTRA), module, _EXTRA
-        for part_prefix, part in _parts(prefix, module):
+        for part_prefix, part in _parts(prefix, module) if "adapters" in module._modules else ():
             for entry in (*part._parameters, *_buffers(part)):
                 yield f"{part_prefix}.{entry}", part, entry
 
@@ -96,7 +91,7 @@ def _parts(prefix: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
     for name, part in pending:
         pending += [(f"{name}.{key}", child) for key, child in part._modules.items() if child is not None]
-    return [(name, part) for name, part in pending if getattr(part, "stored", True)]
+    return [(name, part) for name, part in pending if not isinstance(part, Shared) or part.stored]
 
 
 def _value(module: nn.Module, entry: str) -> Any:
