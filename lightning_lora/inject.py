@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
 from typing import Literal
 
 import torch
@@ -95,8 +94,9 @@ def inject(
     ranks = choose_values(rank_pattern or {}, targets, "rank_pattern")
     alphas = choose_values(alpha_pattern or {}, targets, "alpha_pattern")
     saved = find_modules_to_save(model, modules_to_save)
-    at = cache(method.at)
-    methods = [at(ranks.get(one.site.name, method.r), alphas.get(one.site.name, method.alpha)) for one in targets]
+    methods = [
+        method.at(ranks.get(one.site.name, method.r), alphas.get(one.site.name, method.alpha)) for one in targets
+    ]
     insert(model, list(zip(targets, methods, strict=True)), task, seed=seed, dtype=dtype)
     join_shared(model, task)
     found = sites(model, task)

@@ -12,13 +12,12 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora import peft_format
 from lightning_lora.adapter import stored_factors
 from lightning_lora.description import describe
-from lightning_lora.files import SCHEMA, AdapterError, some, to_bytes
+from lightning_lora.files import SCHEMA, AdapterError, is_finite, some, to_bytes
 from lightning_lora.fingerprint import base_weights
 from lightning_lora.full_fingerprint import Fingerprint, check_fingerprint, frozen_digests
 from lightning_lora.merge import check_not_merged
@@ -82,7 +81,7 @@ def check_finite(model: nn.Module, state: Mapping[str, Tensor], path: object) ->
         path: For the message.
     """
     trained = {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    broken = [name for name, value in state.items() if clean(name) in trained and not bool(torch.isfinite(value).all())]
+    broken = [name for name, value in state.items() if clean(name) in trained and not is_finite(value)]
     if broken:
         raise AdapterError(
             f"{path}: not written, because {len(broken)} trained parameters are not finite: {some(broken)}. The run "
