@@ -1,7 +1,7 @@
 """What adapters cost beside the step, next to PEFT: inject, save, load, switch, merge, and how a forward grows.
 
 All contenders run by turns in one process. Times are this process's CPU time on one thread; the ratio is the median of
-the rounds' own ratios. Memory is the process's peak beyond what it held before, as Linux counts it.
+the rounds' own ratios. Peaks are what PyTorch had allocated at most, beyond what was there before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import copy
 import gc
 import hashlib
-import json
 import shutil
 import statistics
 import tempfile
@@ -23,13 +22,12 @@ from typing import Any
 import peft
 import torch
 import transformers
-from machine import measured_on
 from torch import Tensor, nn
 
 from lightning_lora import DoRA, LoRA, Method, inject, load_adapter, merge_, merged, remove, save_adapter, use, using
 from lightning_lora.state import own_state_dict
+from measuring import footer, measured_with, peak_bytes, write
 
-RESULTS = Path(__file__).parent / "results"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS, SIDE = 32, 4096
 LARGE_RANK = 128  # at a hidden size of 512 its adapters take 152 MiB
@@ -194,8 +192,7 @@ def merges(dtype: torch.dtype, rounds: int) -> Iterator[Row]:
 
     row = by_turns(f"merge {of}", rounds, merge_mine, lambda: other().merge_adapter)
     ours, theirs = mine(), other()
-    peaks = peak(lambda: merge_(ours)), peak(theirs.merge_adapter)
-    yield row | {"note": f"peak {peaks[0]} here, {peaks[1]} in PEFT"}
+    yield row | {"note": peaks(lambda: merge_(ours), theirs.merge_adapter)}
     ours, theirs = mine(), other()
     row = by_turns(
         f"merge {of} and go back", 3, lambda: lambda: inside(merged(ours)), lambda: lambda: again_and_back(theirs)
@@ -205,30 +202,17 @@ def merges(dtype: torch.dtype, rounds: int) -> Iterator[Row]:
         share_changed(ours[0].weight, weight),
         share_changed(theirs.base_model.model[0].base_layer.weight, weight),
     ]
-    peaks = peak(lambda: inside(merged(ours))), peak(lambda: again_and_back(theirs))
     note = f"after 4 times {changed[0]:.1%} of the weights are others here, {changed[1]:.1%} in PEFT"
-    yield row | {"note": f"{note}; peak {peaks[0]} here, {peaks[1]} in PEFT"}
+    yield row | {"note": f"{note}; {peaks(lambda: inside(merged(ours)), lambda: again_and_back(theirs))}"}
 
 
 def share_changed(weight: Tensor, before: Tensor) -> float:
     return float((weight != before).float().mean())
 
 
-def peak(run: Run) -> str:
-    """Return by how much the process grew meanwhile at most."""
-    try:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-        before = _status("VmHWM")
-        run()
-        return f"{max(0.0, _status('VmHWM') - before):+.0f} MiB"
-    except OSError:
-        return "not known"
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+def peaks(ours: Run, theirs: Run) -> str:
+    mine, other = (peak_bytes(run) / 2**20 for run in (ours, theirs))
+    return f"peak +{mine:.1f} MiB here, +{other:.1f} MiB in PEFT"
 
 
 def growth(rounds: int) -> Iterator[Row]:
@@ -273,14 +257,14 @@ def page(found: dict[str, Any]) -> str:
 
 `python benchmarks/costs.py` writes this page. Times are CPU time on one thread in milliseconds, the median and the
 quartiles of rounds in which both run by turns in one process; the ratio is the median of the rounds' ratios. Models are
-Llamas of {LAYERS} layers with random weights. Peaks are what the process grew by at most.
+Llamas of {LAYERS} layers with random weights. Peaks are what PyTorch had
+allocated at most, beyond what was there before.
 
 | what | here | PEFT | ratio | |
 |---|---|---|---|---|
 {chr(10).join(lines)}
 
-{found["measured"]}
-"""
+{footer(found)}"""
 
 
 def cell(seconds: list[float]) -> str:
@@ -314,9 +298,8 @@ def main() -> None:
             rows += part
     finally:
         shutil.rmtree(folder)
-    found = {"rows": rows, "measured": measured_on(options.remark)}
-    (RESULTS / "costs.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "costs.md").write_text(page(found))
+    found = {"rows": rows, **measured_with(options.remark)}
+    write("costs", found, page(found))
 
 
 if __name__ == "__main__":
