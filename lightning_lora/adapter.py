@@ -105,20 +105,21 @@ class Adapter(nn.Module):
             some = slice(start, start + rows)
             part = weight[..., some, :]
             changed = part.to(wide)  # the part itself where it is wide enough
-            self.add_change(changed, up[..., some, :].to(wide) @ down)
+            self.add_change(changed, up[..., some, :].to(wide), down)
             if gain is not None:
                 changed.mul_(gain if gain.shape[-2] == 1 else gain[..., some, :])
             if changed is not part:
                 part.copy_(changed)
 
-    def add_change(self, weight: Tensor, product: Tensor) -> None:
+    def add_change(self, weight: Tensor, up: Tensor, down: Tensor) -> None:
         """Add the change without its gain to some rows of a matrix, in place.
 
         Args:
             weight: The rows.
-            product: The same rows of ``up @ down``.
+            up: The same rows of that factor.
+            down: The other factor.
         """
-        weight.add_(product, alpha=self.scaling)
+        (weight.addmm_ if weight.dim() == 2 else weight.baddbmm_)(up, down, alpha=self.scaling)
 
     def change(self, weight: Tensor) -> Tensor:
         """Return ``adapted(weight) - weight`` without the rounding of a weight in half precision.

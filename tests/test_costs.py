@@ -91,7 +91,7 @@ def test_merging_makes_blocks_of_some_rows_and_no_second_weight(method: Method, 
     with Made() as made:
         merge_(model)
     assert model[0].weight is before
-    assert 4 * BLOCK_ON_CPU == max(made.sizes) < 4 * SIDE**2 // 4
+    assert max(made.sizes, default=0) <= 4 * BLOCK_ON_CPU < 4 * SIDE**2 // 4
     torch.testing.assert_close(before.detach(), expected)
 
 

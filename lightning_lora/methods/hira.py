@@ -86,8 +86,8 @@ class HiRAAdapter(LoRAAdapter):
         return (weight + weight * self.delta()).to(weight.dtype)
 
     @override
-    def add_change(self, weight: Tensor, product: Tensor) -> None:
-        weight.addcmul_(weight, product, value=self.scaling)
+    def add_change(self, weight: Tensor, up: Tensor, down: Tensor) -> None:
+        weight.addcmul_(weight, up @ down, value=self.scaling)
 
     @override
     def change(self, weight: Tensor) -> Tensor:
