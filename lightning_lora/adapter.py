@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Role = Literal["A", "B", "magnitude", "scale", "core"]
 T = TypeVar("T")
+BLOCK_ON_CPU, BLOCK = 2**17, 2**24  # numbers of entries of a matrix that are computed at a time
 SHARED = "shared."  # what the names of tensors that adapters have in common begin with in a state dict
 
 
@@ -87,6 +88,38 @@ class Adapter(nn.Module):
         """
         changed, gain = weight + self.delta(), self.gain(weight)
         return (changed if gain is None else gain * changed).to(weight.dtype)
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Put the adapted matrix in the place of a matrix, rounded once, some rows at a time: no second one exists.
+
+        Args:
+            weight: As for ``start_from``.
+        """
+        (up, down), gain = self.factors(), self.gain(weight)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, up.dtype), torch.float32)
+        down = down.to(wide)
+        block = BLOCK_ON_CPU if weight.device.type == "cpu" else BLOCK
+        rows = max(1, block * weight.shape[-2] // max(1, weight.numel()))
+        for start in range(0, weight.shape[-2], rows):
+            some = slice(start, start + rows)
+            part = weight[..., some, :]
+            changed = part.to(wide)  # the part itself where it is wide enough
+            self.add_change(changed, up[..., some, :].to(wide), down)
+            if gain is not None:
+                changed.mul_(gain if gain.shape[-2] == 1 else gain[..., some, :])
+            if changed is not part:
+                part.copy_(changed)
+
+    def add_change(self, weight: Tensor, up: Tensor, down: Tensor) -> None:
+        """Add the change without its gain to some rows of a matrix, in place.
+
+        Args:
+            weight: The rows.
+            up: The same rows of that factor.
+            down: The other factor.
+        """
+        (weight.addmm_ if weight.dim() == 2 else weight.baddbmm_)(up, down, alpha=self.scaling)
 
     def change(self, weight: Tensor) -> Tensor:
         """Return ``adapted(weight) - weight`` without the rounding of a weight in half precision.

@@ -12,7 +12,7 @@ from lightning_lora.layers import kind_of
 from lightning_lora.layers.attention import AdaptedMultiheadAttention
 from lightning_lora.layers.parameters import AdaptedParameters
 from lightning_lora.layout import Layout
-from lightning_lora.sites import Site, added_modules, clean, join
+from lightning_lora.sites import Site, clean, join, named_base_modules
 
 
 class Candidate(NamedTuple):
@@ -59,11 +59,10 @@ def candidates(model: nn.Module) -> list[Candidate]:
     """Return every matrix of ``model`` that can be adapted, each once, with all names it is registered under."""
     found: dict[tuple[int, str], Candidate] = {}
     read_by: dict[tuple[int, str], set[str]] = {}
-    added = added_modules(model)
-    for raw_name, module in model.named_modules(remove_duplicate=False):
+    for raw_name, module in named_base_modules(model, remove_duplicate=False):
         kind = kind_of(module)
         known = kind is not None and bool(kind.matrices(module))
-        if kind is None and AdaptedParameters.fits(type(module)) and id(module) not in added:
+        if kind is None and AdaptedParameters.fits(type(module)):
             kind = AdaptedParameters
         if kind is None:
             continue

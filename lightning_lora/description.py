@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_lora.adapter import SHARED
 from lightning_lora.files import SCHEMA, AdapterError
-from lightning_lora.inject import check_task_name
+from lightning_lora.injection_checks import check_task_name
 from lightning_lora.layout import Layout, whole_number
 from lightning_lora.method import Method, known_methods
 from lightning_lora.peft_layers import FORMS
 from lightning_lora.sharing import shares
-from lightning_lora.sites import BaseWeight, Site, clean, join, relative, slots_at, tied_names
+from lightning_lora.sites import BaseWeight, Site, clean, join, named_base_modules, relative, slots_at, tied_names
 
 _LONGEST = 2**40  # of a dimension
 
@@ -73,7 +74,7 @@ def tied_to(model: nn.Module, found: list[Site]) -> dict[str, list[str]]:
         found: The sites.
     """
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_base_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((clean(join(prefix, name)), module, name))
@@ -220,8 +221,8 @@ def methods_of(described: Mapping[str, Any], path: object) -> dict[str, Method]:
             "module that defines it, or upgrade lightning_lora"
         )
     try:
-        method = cls(**described["hyperparameters"])
-        return {name: method.at(values["r"], values["alpha"]) for name, values in described["sites"].items()}
+        at = cache(cls(**described["hyperparameters"]).at)
+        return {name: at(values["r"], values["alpha"]) for name, values in described["sites"].items()}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(f"{path}: hyperparameters of {described['method']}: {error}") from None
 

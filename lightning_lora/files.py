@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections import Counter
@@ -12,14 +13,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
+
+from lightning_lora.layout import whole_number
 
 SECTION = "lightning_lora"
 SCHEMA = 1
 MAX_HEADER_BYTES = 16 * 2**20
+_DTYPES = {  # by their names in safetensors files
+    **{
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "C64": torch.complex64,
+    },
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+}
 
 
 class AdapterError(ValueError):
@@ -40,14 +53,19 @@ def to_bytes(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> b
         tensors: By name; they may share memory or be strided.
         description: Plain types only.
     """
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(description, sort_keys=True)
+    fields: dict[str, Any] = {}
+    end = 0
+    in_order = sorted(own, key=lambda name: (-own[name].itemsize, name))  # so that each is aligned
+    for name in in_order:
+        begin, end = end, end + own[name].nbytes
+        names = [known for known, dtype in _DTYPES.items() if dtype == own[name].dtype]
+        fields[name] = {"dtype": names[0], "shape": list(own[name].shape), "data_offsets": [begin, end]}
     metadata = {"format": "pt", SECTION: text, f"{SECTION}.checksum": _checksum(text, own)}
-    content = safetensors.torch.save(own, metadata)
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header = json.dumps({**fields, "__metadata__": metadata}, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[start:]
+    return b"".join([len(header).to_bytes(8, "little"), header, *(_bytes(own[name]) for name in in_order)])
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -63,19 +81,24 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         AdapterError: If the file is damaged, not finite, of another type, or of a newer schema.
     """
     path = Path(path)
-    content, header = _content(path)
-    try:
-        tensors = dict(sorted(safetensors.torch.load(content).items()))
-    except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise AdapterError(f"{path}: damaged or not a safetensors file: {error}") from None
-    description = _description(header.get("__metadata__") or {}, tensors, path)
+    tensors, metadata = _content(path)
+    description = _description(metadata, tensors, path)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if not is_finite(tensor):
             raise AdapterError(
                 f"{path}: {name} holds values that are not finite; the run that wrote it had diverged: take an earlier "
                 "save"
             )
     return tensors, description
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether all values of a tensor are finite: if their sum is they are, and if not, each is looked at."""
+    if not tensor.is_floating_point():
+        return True
+    wide = tensor.float() if tensor.itemsize == 1 else tensor
+    total = wide.sum(dtype=torch.promote_types(wide.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(wide).all())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,28 +113,62 @@ def read_json(path: Path) -> dict[str, Any]:
         return parse_json(file.read(), path)
 
 
-def _content(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Read a safetensors file, and its header, at once: what others do to it meanwhile changes nothing.
+def _content(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file and its metadata.
 
-    A file that is longer or shorter than its header says is refused before the rest is read.
+    A file that is longer or shorter than its header says is refused before the rest is read. Each tensor is read into
+    memory of its own, so what others do to the file afterwards changes nothing; memory that the file is mapped to would
+    change, or end the process, when another program writes over the file.
     """
     with _regular(path) as file:
-        start = file.read(8)
-        header_bytes = int.from_bytes(start, "little")
+        header_bytes = int.from_bytes(file.read(8), "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise AdapterError(
                 f"{path}: not an adapter: its header claims {header_bytes} bytes, at most {MAX_HEADER_BYTES}"
             )
-        text = file.read(header_bytes)
         try:
-            header = _object(text)
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            header = _object(file.read(header_bytes))
+            metadata = {name: str(text) for name, text in (header.pop("__metadata__", None) or {}).items()}
+            ends = [entry["data_offsets"][1] for entry in header.values()]
             said, size = 8 + header_bytes + max(ends, default=0), os.fstat(file.fileno()).st_size
             if said != size:
                 raise ValueError(f"it has {size} bytes where its header accounts for {said}")
-        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            tensors = {name: _read(file, *place) for name, place in _places(header).items()}
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
             raise AdapterError(f"{path}: damaged or not a safetensors file: {error}") from None
-        return start + text + file.read(), header
+    return dict(sorted(tensors.items())), metadata
+
+
+def _places(header: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Return dtype and shape of each tensor in the order in which they lie, one behind the other.
+
+    Args:
+        header: Theirs.
+
+    Raises:
+        ValueError: If they do not lie so.
+    """
+    found: dict[str, tuple[torch.dtype, list[int]]] = {}
+    reached = 0
+    for name, entry in sorted(header.items(), key=lambda one: one[1]["data_offsets"]):
+        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        lies_right = all(whole_number(n) and n >= 0 for n in (begin, end, *shape)) and begin == reached
+        if not lies_right or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its header says {entry} of {name}, which leaves a gap or does not fit")
+        found[name], reached = (dtype, shape), end
+    return found
+
+
+def _read(file: BinaryIO, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if file.readinto(_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
+        raise ValueError("it was cut short while it was read")
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager
@@ -184,5 +241,5 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensor.contiguous()))
     return digest.hexdigest()

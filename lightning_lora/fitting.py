@@ -75,10 +75,14 @@ def fit_factors(file: AdapterFile, chosen: list[Candidate]) -> Iterator[dict[str
     """
     file = file._replace(layouts=dict(zip(file.methods, [one.layout for one in chosen], strict=True)))
     used = set(file.full.values())
+    known: dict[tuple[object, ...], tuple[Adapter, dict[str, torch.Size]]] = {}  # few kinds of many layers
     for one, name in zip(chosen, file.methods, strict=True):
+        like = (id(file.methods[name]), file.stored[name].form, one.layout, tuple(one.size))
         try:
-            blank = _blank(file, name, one.layout, one.size)
-            shapes = _shapes(file, name, blank, one.size)
+            if like not in known:
+                blank = _blank(file, name, one.layout, one.size)
+                known[like] = blank, _shapes(file, name, blank, one.size)
+            blank, shapes = known[like]
         except (RuntimeError, TypeError):
             r = file.methods[name].r
             raise AdapterError(

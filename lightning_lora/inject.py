@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_lora.adapter import Adapter
 from lightning_lora.candidates import Candidate
 from lightning_lora.frozen_dtype import store_frozen
-from lightning_lora.layers import kind_of, swap_layer, swap_readers
-from lightning_lora.layers.linear import AdaptedLinear
-from lightning_lora.layers.seam import Called, replaced_forward, unswap
-from lightning_lora.layout import Layout
+from lightning_lora.injection_checks import (
+    check_forwards,
+    check_layer,
+    check_one_method,
+    check_shapes,
+    check_shards,
+    check_task_name,
+    has_already,
+    is_there,
+)
+from lightning_lora.layers import swap_layer, swap_readers
+from lightning_lora.layers.seam import unswap
 from lightning_lora.method import Method
-from lightning_lora.quantized import allow_inference_kernels, dense_weight, format_of, keep_differentiable
-from lightning_lora.sharding import is_sharded, split_by_columns
+from lightning_lora.quantized import allow_inference_kernels, dense_weight, keep_differentiable
+from lightning_lora.sharding import is_sharded
 from lightning_lora.shared_tensors import join_shared
-from lightning_lora.sites import Site, Slot, check_not_written, clean, sites, slots_of
-from lightning_lora.state import mark_trained_in_full, marked, unmark
+from lightning_lora.sites import Site, Slot, check_not_written, named_base_modules, sites, slots, slots_of
+from lightning_lora.state import mark_biases, mark_trained_in_full, mark_whole, marked, unmark
 from lightning_lora.targets import Parts, choose_values, find_modules_to_save, find_targets
 
 Bias = Literal["none", "lora_only", "all"]
@@ -84,31 +90,32 @@ def inject(
     if bias not in ("none", "lora_only", "all"):
         raise ValueError(f"bias={bias!r}: must be 'none', 'lora_only' or 'all'")
     targets = find_targets(model, target_modules, exclude_modules, modules_to_save, fused)
-    _check_shards(model, [one.site for one in targets if not _is_there(one, task)], sharded)
+    check_shards(model, [one.site for one in targets if not is_there(one, task)], sharded)
     ranks = choose_values(rank_pattern or {}, targets, "rank_pattern")
     alphas = choose_values(alpha_pattern or {}, targets, "alpha_pattern")
     saved = find_modules_to_save(model, modules_to_save)
-    methods = {
-        one.site.name: method.at(ranks.get(one.site.name, method.r), alphas.get(one.site.name, method.alpha))
-        for one in targets
-    }
-    insert(model, [(one, methods[one.site.name]) for one in targets], task, seed=seed, dtype=dtype)
+    methods = [
+        method.at(ranks.get(one.site.name, method.r), alphas.get(one.site.name, method.alpha)) for one in targets
+    ]
+    insert(model, list(zip(targets, methods, strict=True)), task, seed=seed, dtype=dtype)
     join_shared(model, task)
-    for site in sites(model, task):
-        site.adapter(task).shares_inputs = share_inputs
-        if site.adapter(task).waits_for_weight and not is_sharded(site.weight):  # then at the first forward
-            site.adapter(task).start(site.slot.layout.matrix(dense_weight(site.module, site.parameter)))
+    found = sites(model, task)
+    for site in found:
+        adapter = site.adapter(task)
+        adapter.shares_inputs = share_inputs
+        if adapter.waits_for_weight and not is_sharded(site.weight):  # then at the first forward
+            adapter.start(site.slot.layout.matrix(dense_weight(site.module, site.parameter)))
     for module, name in saved:
-        _train_in_full(module, name)
+        if name is None:
+            mark_whole(module)
+        else:
+            mark_trained_in_full(module, [name])
     if bias != "none":
-        adapted = {id(one.site.module) for one in targets}
-        for module in model.modules():
-            if bias == "all" or id(module) in adapted:
-                own = [name for name in module._parameters if "bias" in name and module._parameters[name] is not None]
-                mark_trained_in_full(module, own)
+        everywhere = [module for _, module in named_base_modules(model)]
+        mark_biases(everywhere if bias == "all" else [one.site.module for one in targets])
     if frozen_dtype is not None:
         store_frozen(model, frozen_dtype)
-    return sites(model, task)
+    return found
 
 
 def insert(
@@ -118,6 +125,7 @@ def insert(
     *,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
+    blank: bool = False,
 ) -> None:
     """Put an adapter on each given matrix, freeze the rest if that is new, and use this task.
 
@@ -127,34 +135,37 @@ def insert(
         task: The adapters' name.
         seed: As for ``inject``.
         dtype: As for ``inject``.
+        blank: Leave new adapters without values, on the meta device, because theirs are about to be assigned. Those of
+            methods that share tensors get values all the same: a file may leave these out.
 
     Raises:
         ValueError: If a matrix cannot be adapted, or the task has adapters of another method.
         RuntimeError: If the training of another task writes to the base meanwhile.
     """
     check_not_written(model, [task])
-    _check_shapes(model)
-    new = [(one, method) for one, method in targets if not _has_already(one, method, task)]
+    check_shapes(model)
+    new = [(one, method) for one, method in targets if not has_already(one, method, task)]
     for one, _ in new:
         for site in (one.site, *one.tied):
-            _check_layer(site)
-    _check_forwards(model, [one for one, _ in new])
-    _check_one_method(model, [method for _, method in new], task)
+            check_layer(site)
+    check_forwards(model, [one for one, _ in new])
+    check_one_method(model, [method for _, method in new], task)
     seed = torch.initial_seed() if seed is None else seed
     built: dict[str, Adapter] = {}
     for one, method in new:
-        built[one.site.name] = _build(one, method, seed, dtype)
+        built[one.site.name] = _build(one, method, seed, dtype, blank and type(method).attach is Method.attach)
     if new:
         new[0][1].attach({site.name: site.adapter(task) for site in sites(model, task)} | built)
         _freeze(model)
         keep_differentiable(model)
     for one, _ in new:
-        slot = _slot(one)
-        slot[task] = built[one.site.name]
-        slot.train(one.site.module.training)
+        slot, adapter, mode = _slot(one), built[one.site.name], one.site.module.training
+        slot[task] = adapter
+        if not slot.training == adapter.training == mode:
+            slot.train(mode)
     swap_readers(model)
-    for site in sites(model):
-        site.slot.active = (task,)
+    for slot in slots(model):
+        slot.use((task,))
 
 
 def remove(model: nn.Module, task: str | None = None, only: Collection[str] | None = None) -> None:
@@ -181,12 +192,12 @@ def remove(model: nn.Module, task: str | None = None, only: Collection[str] | No
         for name in [task] if task is not None else list(slot):
             del slot[name]
         slot.active = tuple(name for name in slot.active if name in slot)
-    for module in model.modules():
-        slots = slots_of(module)
+    for _, module in named_base_modules(model):
+        own = slots_of(module)
         adapters = module._modules.get("adapters")
-        for key in [key for key, slot in slots.items() if not len(slot)]:
+        for key in [key for key, slot in own.items() if not len(slot)]:
             del adapters._modules[key]  # type: ignore[union-attr]
-        if slots and not adapters._modules:  # type: ignore[union-attr]
+        if own and not adapters._modules:  # type: ignore[union-attr]
             del module._modules["adapters"]
             unswap(module)
     swap_readers(model)
@@ -207,117 +218,13 @@ def restructures(model: nn.Module, method: Method, task: str) -> bool:
     return present is not None and method.restructures and present == method.at(present.r, present.alpha)
 
 
-def check_task_name(task: str) -> None:
-    """Raise ``ValueError`` unless a task's name is short and safe in file names and module names."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task) or hasattr(Slot("weight", Layout()), task):
-        raise ValueError(
-            f"task={task!r}: use 1 to 64 letters, digits, '_' or '-', and no attribute of a module, such as "
-            "task='german'"
-        )
-
-
-def _check_shapes(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise ValueError(
-                f"{clean(name)} has no shape yet (lazy layer), so it can be neither adapted nor frozen: run one batch "
-                "through the model where it is built, in __init__, setup or configure_model, or give in_features"
-            )
-
-
-def _is_there(one: Candidate, task: str) -> bool:
-    return task in slots_of(one.site.module).get(one.site.name.rpartition(".")[2], {})
-
-
-def _has_already(one: Candidate, method: Method, task: str) -> bool:
-    if not _is_there(one, task):
-        return False
-    present = one.site.adapter(task).method
-    if present != method:
-        raise ValueError(
-            f"{one.site.name} already has the adapter {task!r} with {present}, not {method}: "
-            f"call remove(model, {task!r}) first, or give another task name"
-        )
-    return True
-
-
-def _check_one_method(model: nn.Module, methods: Sequence[Method], task: str) -> None:
-    """Refuse a second method in one task; ranks and alphas may differ from site to site."""
-    present = [site.adapter(task).method for site in sites(model, task)][:1]
-    for method in methods:
-        if present and present[0].at(method.r, method.alpha) != method:
-            raise ValueError(
-                f"the adapter {task!r} is already there with {present[0]}, not {method}, and a task has one method: "
-                f"call remove(model, {task!r}) first, or give another task name"
-            )
-
-
-def _check_layer(site: Site) -> None:
-    name = site.name.rpartition(".")[0]
-    kind = kind_of(site.module)
-    settable = is_parametrized(site.module, site.parameter) and kind is not None and issubclass(kind, Called)
-    if site.parameter not in site.module._parameters and not settable:
-        raise ValueError(
-            f"{site.name} is no parameter but computed from others (by a hook, as old weight norm and pruning do), so "
-            f"an adapter could not be merged into it: leave it out with exclude_modules=['{name}'], train it in full "
-            f"with modules_to_save=['{name}'], or remove what computes it from the module first"
-        )
-    if hasattr(site.module, "adapters") and not slots_of(site.module):
-        raise ValueError(
-            f"{site.name}: its module already has an attribute called 'adapters', the name we need: rename that, or "
-            f"leave the layer out with exclude_modules=['{name}']"
-        )
-    packed = site.weight is not None and format_of(site.weight) is not None
-    if packed and kind is not AdaptedLinear:
-        raise ValueError(
-            f"{site.name}: of layers with packed weights only linear ones can be adapted, not a "
-            f"{type(site.module).__name__}: leave it out with exclude_modules=['{name}'], or do not quantize it"
-        )
-
-
-def _check_shards(model: nn.Module, new: Sequence[Site], allowed: bool) -> None:
-    """Refuse divided weights where nothing keeps the adapters of several processes alike, or they would not fit."""
-    divided = [site.name for site in new if is_sharded(site.weight)]
-    if divided and not allowed:
-        raise ValueError(
-            f"{len(divided)} of the chosen weights were sharded before their adapters came (first: {divided[0]}, a "
-            "DTensor), so every process would train adapters of its own: call inject(...) before fully_shard(...); "
-            "with a Trainer use strategy='lora_fsdp2'"
-        )
-    parallel = sorted({clean(name) for name in split_by_columns(model)} & set(divided))
-    if parallel:
-        raise ValueError(
-            f"{len(parallel)} of the chosen weights are divided by tensor parallelism (first: {parallel[0]}): what "
-            "their layers give is divided too, and adapters are whole: leave out parallelize_module and let "
-            "fully_shard alone divide the model"
-        )
-
-
-def _check_forwards(model: nn.Module, targets: Sequence[Candidate]) -> None:
-    """Refuse layers whose forward no subclass replaces, because it sits on the one object."""
-    names = {(id(site.module), site.parameter): site.name for one in targets for site in (one.site, *one.tied)}
-    for module in model.modules():
-        if not replaced_forward(module):
-            continue
-        kind = kind_of(module)
-        used = [(module, parameter) for parameter in module._parameters] + (kind.reads(module) if kind else [])
-        for owner, parameter in used:
-            name = names.get((id(owner), parameter))
-            if name is not None:
-                raise ValueError(
-                    f"{name}: the forward of its {type(module).__name__} was replaced on this one object, so its "
-                    "adapter would never run: replace it after the injection, or in a subclass, or leave the layer "
-                    f"out with exclude_modules=['{name.rpartition('.')[0]}']"
-                )
-
-
-def _build(one: Candidate, method: Method, seed: int, dtype: torch.dtype | None) -> Adapter:
+def _build(one: Candidate, method: Method, seed: int, dtype: torch.dtype | None, blank: bool) -> Adapter:
     weight = getattr(one.site.module, one.site.parameter)
     try:
         return method.build(
             one.shape,
             seed=_seed_of(seed, one.site.name),
-            device=weight.device,
+            device=torch.device("meta") if blank else weight.device,
             dtype=dtype or _adapter_dtype(weight),
             layout=one.layout,
         )
@@ -348,17 +255,9 @@ def _adapter_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def _freeze(model: nn.Module) -> None:
-    trained = {id(parameter) for site in sites(model) for parameter in site.slot.parameters()}
-    trained |= {id(module._parameters.get(name)) for module in model.modules() for name in marked(module)}
-    for parameter in model.parameters():
-        if id(parameter) not in trained:
-            parameter.requires_grad_(False)
-
-
-def _train_in_full(module: nn.Module, name: str | None) -> None:
-    if name is not None:
-        mark_trained_in_full(module, [name])
-        return
-    for inner in module.modules():
-        persistent = [buffer for buffer in inner._buffers if buffer not in inner._non_persistent_buffers_set]
-        mark_trained_in_full(inner, [*inner._parameters, *persistent])
+    modules = [module for _, module in named_base_modules(model)]
+    trained = {id(module._parameters.get(name)) for module in modules for name in marked(module)}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in trained:
+                parameter.requires_grad_(False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapter import SHARED
+from lightning_lora.adapter import SHARED, Adapter
 from lightning_lora.candidates import Candidate, candidates
 from lightning_lora.description import (
     check_description,
@@ -24,7 +24,8 @@ from lightning_lora.files import AdapterError, some
 from lightning_lora.fingerprint import base_weights
 from lightning_lora.fitting import check_computed_alike, fit_factors, fit_full_values
 from lightning_lora.full_fingerprint import check_frozen_digests
-from lightning_lora.inject import check_task_name, insert
+from lightning_lora.inject import insert
+from lightning_lora.injection_checks import check_task_name
 from lightning_lora.layout import Layout
 from lightning_lora.method import Method
 from lightning_lora.reading import AdapterFile, read_adapters
@@ -91,14 +92,14 @@ def load_adapter(
         firsts |= {join(root, name): join(root, first) for name, first in file.shares.items()}
         weights = {name: one.site.weight for name, one in zip(file.methods, chosen, strict=True)}
         entries |= {join(root, name): value for name, value in fit_full_values(file, weights).items()}
-    modules = named_submodules(model)
     if outside is None and not bare:
         raise AdapterError(f"{path}: {OUTSIDE} is missing: copy it too, or load into the network alone")
     entries |= (outside or {}) if not bare else {}
+    modules = named_submodules(model) if entries else {}
     for name, value in entries.items():
         _check_fits(modules, name, value, path)
     try:
-        insert(model, targets, task)
+        insert(model, targets, task, blank=True)
     except ValueError as error:
         raise AdapterError(f"{path}: {error}") from None
     tie(model, firsts, task)
@@ -106,15 +107,31 @@ def load_adapter(
     with torch.no_grad():
         part_shared(model, task)
         for site in found:
-            adapter = site.adapter(task)
-            drawn = {name: tensor for name, tensor in adapter.state_dict().items() if name.startswith(SHARED)}
-            adapter.load_state_dict(drawn | values[site.name])
+            held = [site.weight] if site.weight is not None else site.module.parameters()
+            _fill(site.adapter(task), values[site.name], next(one.device for one in held if not one.is_meta))
         join_shared(model, task)
         for name, value in entries.items():
             module, _, entry = name.rpartition(".")
             mark_trained_in_full(modules[module], [entry])
             getattr(modules[module], entry).copy_(value)
     return found
+
+
+def _fill(adapter: Adapter, values: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give an adapter its values: as they are to one that has none yet, which was left on the meta device."""
+    present = adapter.state_dict()
+    if any(tensor.is_meta for tensor in present.values()):
+        own = {name: _own(value.to(device, present[name].dtype)) for name, value in values.items()}
+        adapter.load_state_dict(own, assign=True)
+    else:
+        drawn = {name: tensor for name, tensor in present.items() if name.startswith(SHARED)}
+        adapter.load_state_dict(drawn | dict(values))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a tensor that has its memory for itself: the same one if it has."""
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def adopt(

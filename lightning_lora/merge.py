@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_lora.adapter import Adapter
 from lightning_lora.inject import remove
 from lightning_lora.layers import swap_layer
 from lightning_lora.layers.seam import adapted_weight, unswap
@@ -25,7 +26,7 @@ from lightning_lora.quantized import (
     unpack_,
 )
 from lightning_lora.sharding import is_flattened, is_sharded
-from lightning_lora.sites import Slot, clean, join, sites, slots_at, slots_of
+from lightning_lora.sites import Slot, clean, join, named_base_modules, sites, slots, slots_at, slots_of
 
 _ROUNDING = 16  # in units of the last place, relative to the whole matrix
 
@@ -77,15 +78,14 @@ def merge_(model: nn.Module) -> nn.Module:
     losses: list[_Loss] = []
     with ExitStack() as undo:
         for one in sorted(adapted, key=lambda one: not _computed(one)):  # those that can fail go first
-            weight = adapted_weight(one.owners[0], one.parameter)
-            if weight is None:
+            if not _in_use(one):
                 continue
             if _computed(one):
-                undo.callback(_load, one, _set_computed(one, weight))
+                undo.callback(_load, one, _set_computed(one))
             elif format_of(getattr(one.owners[0], one.parameter)) is None:
-                getattr(one.owners[0], one.parameter).copy_(weight)
+                _write(one, getattr(one.owners[0], one.parameter))
             else:
-                _put(one, _packed(one, weight, losses))
+                _put(one, _packed(one, losses))
         undo.pop_all()
     for slot in (slot for one in adapted for slot in one.slots):
         slot.written_by = slot.before = None  # the merged values stay
@@ -136,15 +136,17 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     losses: list[_Loss] = []
     with ExitStack() as undo:
         for one in _adapted_parameters(model):
-            with torch.no_grad():
-                weight = adapted_weight(one.owners[0], one.parameter)
-            if weight is not None and _computed(one):
-                undo.callback(_load, one, _set_computed(one, weight))
-            elif weight is not None:
+            if _in_use(one) and _computed(one):
+                undo.callback(_load, one, _set_computed(one))
+            elif _in_use(one):
                 plain: nn.Parameter = getattr(one.owners[0], one.parameter)
-                ordinary = format_of(plain) is None
                 undo.callback(_put, one, plain)
-                _put(one, nn.Parameter(weight, requires_grad=False) if ordinary else _packed(one, weight, losses))
+                if format_of(plain) is None:
+                    weight = plain.detach().clone()
+                    _write(one, weight)
+                    _put(one, nn.Parameter(weight, requires_grad=False))
+                else:
+                    _put(one, _packed(one, losses))
             for slot in one.slots:
                 undo.callback(setattr, slot, "merged", False)
                 slot.merged = True
@@ -152,15 +154,42 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
+def _in_use(one: _Adapted) -> bool:
+    return any(slot.in_use() for slot in one.slots)
+
+
+@torch.no_grad()
+def _write(one: _Adapted, weight: Tensor) -> None:
+    """Put the adapted weight in the place of an ordinary one."""
+    for slot in one.slots:
+        for adapter in slot.in_use():
+            matrix = slot.layout.matrix(weight)
+            adapter(_write_matrix, matrix)
+            if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+                weight.copy_(slot.layout.put(weight, matrix))
+
+
+def _write_matrix(adapter: Adapter, matrix: Tensor) -> None:
+    adapter.start(matrix)
+    adapter.write(matrix)
+
+
+def _adapted_weight(one: _Adapted) -> Tensor:
+    weight = adapted_weight(one.owners[0], one.parameter)
+    assert weight is not None
+    return weight
+
+
 def _put(one: _Adapted, parameter: nn.Parameter) -> None:
     for owner in one.owners:
         set_parameter(owner, one.parameter, parameter)
 
 
-def _packed(one: _Adapted, weight: Tensor, losses: list[_Loss]) -> nn.Parameter:
+@torch.no_grad()
+def _packed(one: _Adapted, losses: list[_Loss]) -> nn.Parameter:
     """Return the adapted weight in the format of the plain one, and note what packing lost."""
     owner = one.owners[0]
-    plain = dense_weight(owner, one.parameter)
+    plain, weight = dense_weight(owner, one.parameter), _adapted_weight(one)
     if torch.equal(weight, plain):
         return getattr(owner, one.parameter)  # type: ignore[no-any-return]
     parameter, error = requantize(owner, one.parameter, weight)
@@ -187,9 +216,9 @@ def _computed(one: _Adapted) -> bool:
 
 
 @torch.no_grad()
-def _set_computed(one: _Adapted, weight: Tensor) -> dict[str, Tensor]:
+def _set_computed(one: _Adapted) -> dict[str, Tensor]:
     """Set a parametrized weight by what it is computed from, and return the state of that before."""
-    owner = one.owners[0]
+    owner, weight = one.owners[0], _adapted_weight(one)
     before = {
         name: tensor.clone()
         for name, tensor in owner.parametrizations[one.parameter].state_dict().items()  # type: ignore[index, union-attr]
@@ -229,7 +258,7 @@ def _adapted_parameters(model: nn.Module) -> list[_Adapted]:
             "process, with `lightning-lora merge` or load_from_checkpoint(..., merge=True)"
         )
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_base_modules(model):
         for name, parameter in module._parameters.items():
             holders.setdefault(id(parameter), []).append((clean(join(prefix, name)), module, name))
     adapted: dict[tuple[int, str], _Adapted] = {}
@@ -265,5 +294,5 @@ def check_not_merged(model: nn.Module, action: str) -> None:
         model: The adapted model.
         action: What was about to happen, for the message.
     """
-    if any(site.slot.merged for site in sites(model)):
+    if any(slot.merged for slot in slots(model)):
         raise RuntimeError(f"cannot {action} while the adapters are merged: leave `merged(model)` first")

@@ -216,7 +216,9 @@ def _merged(file: AdapterFile, name: str, weight: Tensor) -> Tensor:
     """Return a base's weight with a site's adapter in it."""
     layout = file.layouts[name] or Layout()
     adapter = _adapter(file, name, torch.promote_types(weight.dtype, torch.float32))
-    return layout.put(weight, adapter.adapted(layout.matrix(weight))).contiguous()
+    changed = weight.clone(memory_format=torch.contiguous_format)
+    adapter.write(layout.matrix(changed))
+    return changed
 
 
 def _adapter(file: AdapterFile, name: str, dtype: torch.dtype = torch.float32) -> Adapter:

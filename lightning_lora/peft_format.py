@@ -27,7 +27,7 @@ from lightning_lora.peft_layers import (
     layer_form,
     parameter_form,
 )
-from lightning_lora.sites import Site, added_modules, join
+from lightning_lora.sites import Site, join, named_base_modules
 
 PREFIX = "base_model.model."
 OWN_TYPE = "LIGHTNING_LORA"
@@ -204,7 +204,7 @@ def _why_not_sites(
     reasons: Mapping[str, str | None],
 ) -> str | None:
     readers: dict[tuple[int, str], type[AdaptedLayer]] = {}
-    for module in network.modules():
+    for _, module in named_base_modules(network):
         kind = kind_of(module)
         fused = plain_class(module).forward is nn.TransformerEncoderLayer.forward
         if kind is not None and (fused or issubclass(kind, AdaptedMultiheadAttention)):
@@ -296,7 +296,7 @@ def _why_not_bias(methods: Mapping[str, Method], bias: str) -> str | None:
 def _whole_modules(network: nn.Module, full: set[str]) -> list[str]:
     """Return the outermost modules with a forward all of whose parameters are trained in full."""
     whole: list[str] = []
-    for name, module in network.named_modules():
+    for name, module in named_base_modules(network) if full else ():
         entries = {f"{name}.{entry}" for entry, _ in module.named_parameters()}
         if not name or not entries or not entries <= full or _inside(name, whole) or isinstance(module, _CONTAINERS):
             continue
@@ -310,15 +310,15 @@ def _exactly_these(network: nn.Module, modules: set[str]) -> list[str] | str:
 
     It takes an entry of a list for the end of a name as well: ``q`` also means ``x.q``.
     """
-    if any(name not in modules and name.endswith(f".{module}") for name in _names(network) for module in modules):
+    others = [name.split(".") for name in _names(network) if name not in modules]
+    if any(".".join(parts[start:]) in modules for parts in others for start in range(1, len(parts))):
         return "|".join(re.escape(module) for module in sorted(modules))
     return sorted(modules)
 
 
 def _names(network: nn.Module) -> list[str]:
     """Return the names of the network's own modules."""
-    added = added_modules(network)
-    return [name for name, module in network.named_modules() if id(module) not in added]
+    return [name for name, _ in named_base_modules(network)]
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:

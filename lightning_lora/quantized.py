@@ -212,14 +212,15 @@ def keep_differentiable(model: nn.Module) -> None:
     Args:
         model: The model, with all its layers.
     """
-    opaque = [name for name, module in model.named_modules() if gives_no_gradient(module)]
+    modules = list(model.named_modules())
+    opaque = [name for name, module in modules if gives_no_gradient(module)]
     if opaque:
         warnings.warn(
             f"{len(opaque)} quantized layers (first: {opaque[0]}) give no gradient to their input, so what lies below "
             "them is not trained through them: quantize weights alone, as torchao's Int8WeightOnlyConfig does",
             stacklevel=2,
         )
-    for module in model.modules():
+    for _, module in modules:
         if _CPU_KERNEL not in module.__dict__:
             continue
         module.__dict__[_CPU_KERNEL] = False

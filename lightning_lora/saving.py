@@ -12,18 +12,17 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora import peft_format
 from lightning_lora.adapter import stored_factors
 from lightning_lora.description import describe
-from lightning_lora.files import SCHEMA, AdapterError, some, to_bytes
+from lightning_lora.files import SCHEMA, AdapterError, is_finite, some, to_bytes
 from lightning_lora.fingerprint import base_weights
 from lightning_lora.full_fingerprint import Fingerprint, check_fingerprint, frozen_digests
 from lightning_lora.merge import check_not_merged
 from lightning_lora.sites import BaseWeight, Site, clean, join, named_submodules, relative, sites, tied_names
-from lightning_lora.state import own_entries, trained_in_full
+from lightning_lora.state import own_entries, own_state_dict, trained_in_full
 from lightning_lora.whole_files import write_folder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -59,11 +58,18 @@ def save_adapter(
         others = [file for file in files if file not in (WEIGHTS, CONFIG, OUTSIDE)]
         if others:
             raise FileExistsError(f"{path} holds other files, such as {others[0]}: give the adapter its own folder")
-    ours = own_entries(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
+    state = _state(model)
     check_finite(model, state, path)
     digests = frozen_digests(model) if fingerprint == "full" else {}
     write_folder(path, folder_contents(model, state, task, base_weights(sites(model, task)), digests))
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return our entries of the state dict, of a whole one where hooks have a say in it, as those of the first FSDP."""
+    if any(m._state_dict_hooks or m._state_dict_pre_hooks for m in model.modules()):
+        ours = own_entries(model)
+        return {name: tensor for name, tensor in model.state_dict().items() if name in ours}
+    return own_state_dict(model)
 
 
 def check_finite(model: nn.Module, state: Mapping[str, Tensor], path: object) -> None:
@@ -75,7 +81,7 @@ def check_finite(model: nn.Module, state: Mapping[str, Tensor], path: object) ->
         path: For the message.
     """
     trained = {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    broken = [name for name, value in state.items() if clean(name) in trained and not bool(torch.isfinite(value).all())]
+    broken = [name for name, value in state.items() if clean(name) in trained and not is_finite(value)]
     if broken:
         raise AdapterError(
             f"{path}: not written, because {len(broken)} trained parameters are not finite: {some(broken)}. The run "

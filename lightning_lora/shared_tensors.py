@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.adapter import Adapter, Shared
-from lightning_lora.sites import sites
+from lightning_lora.sites import slots
 
 
 def join_shared(model: nn.Module, task: str) -> None:
@@ -19,8 +19,9 @@ def join_shared(model: nn.Module, task: str) -> None:
         model: The adapted model.
         task: The task, which has just got its values.
     """
-    theirs = {id(shared): shared for other, _, shared in _holders(model) if other != task}
-    for _, adapter, shared in [one for one in _holders(model) if one[0] == task]:
+    held = list(_holders(model))
+    theirs = {id(shared): shared for other, _, shared in held if other != task}
+    for _, adapter, shared in [one for one in held if one[0] == task]:
         adapter.shared = next((other for other in theirs.values() if _alike(shared, other)), shared)
 
 
@@ -31,16 +32,17 @@ def part_shared(model: nn.Module, task: str) -> None:
         model: The adapted model.
         task: The task, whose values are about to change.
     """
-    theirs = {id(shared) for other, _, shared in _holders(model) if other != task}
+    held = list(_holders(model))
+    theirs = {id(shared) for other, _, shared in held if other != task}
     own: dict[int, Shared] = {}
-    for _, adapter, shared in [one for one in _holders(model) if one[0] == task and id(one[2]) in theirs]:
+    for _, adapter, shared in [one for one in held if one[0] == task and id(one[2]) in theirs]:
         adapter.shared = own.setdefault(id(shared), copy.deepcopy(shared))
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[str, Adapter, Shared]]:
-    for site in sites(model):
-        for task, adapter in site.slot.items():
-            shared = getattr(adapter, "shared", None)
+    for slot in slots(model):
+        for task, adapter in slot.items():
+            shared = adapter._modules.get("shared")
             if isinstance(adapter, Adapter) and isinstance(shared, Shared):
                 yield task, adapter, shared
 

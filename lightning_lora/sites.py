@@ -15,6 +15,8 @@ from lightning_lora.layout import Layout
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # a layer's number in a name
 
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)")
+
 
 class BaseWeight(NamedTuple):
     """What files say of an adapted weight.
@@ -46,17 +48,18 @@ class Slot(nn.ModuleDict):
         before: The matrix that was there before that.
     """
 
+    active: tuple[str, ...] = ()
+    merged: bool = False
+    shadowed: bool = False
+    per_example: Callable[[nn.Module, Slot, Tensor, Tensor], Tensor] | None = None
+    base_weight: BaseWeight | None = None
+    written_by: str | None = None
+    before: Tensor | None = None
+
     def __init__(self, parameter: str, layout: Layout) -> None:
         super().__init__()
         self.parameter = parameter
         self.layout = layout
-        self.active: tuple[str, ...] = ()
-        self.merged = False
-        self.shadowed = False
-        self.per_example: Callable[[nn.Module, Slot, Tensor, Tensor], Tensor] | None = None
-        self.base_weight: BaseWeight | None = None
-        self.written_by: str | None = None
-        self.before: Tensor | None = None
 
     @torch.no_grad()
     def write(self, weight: Tensor, change: Tensor, task: str) -> None:
@@ -81,6 +84,10 @@ class Slot(nn.ModuleDict):
         if self.before is not None:
             weight.copy_(self.unwritten(weight))
             self.written_by = self.before = None
+
+    def use(self, tasks: tuple[str, ...]) -> None:
+        """Have these tasks in use; past ``nn.Module``'s own way to set attributes, which takes most of a switch."""
+        self.__dict__["active"] = tasks
 
     def in_use(self) -> list[Adapter]:
         """Return the adapters whose change is still to be added.
@@ -137,8 +144,9 @@ class Site(NamedTuple):
 def slots_of(module: nn.Module) -> dict[str, Slot]:
     """Return all slots of a module, by the last part of their sites' names; none where nothing on it is adapted."""
     adapters = module._modules.get("adapters")
-    inner = adapters._modules if isinstance(adapters, nn.ModuleDict) else {}
-    return {key: slot for key, slot in inner.items() if isinstance(slot, Slot)}
+    if adapters is None or not isinstance(adapters, nn.ModuleDict):
+        return {}
+    return {key: slot for key, slot in adapters._modules.items() if isinstance(slot, Slot)}
 
 
 def slots_at(module: nn.Module, parameter: str) -> list[Slot]:
@@ -146,16 +154,60 @@ def slots_at(module: nn.Module, parameter: str) -> list[Slot]:
     return [slot for slot in slots_of(module).values() if slot.parameter == parameter]
 
 
+def named_base_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """Return what ``model.named_modules`` does, in its order, without the modules that adapters consist of.
+
+    What it costs does not grow with the number of adapters that a model has.
+
+    Args:
+        model: Any module.
+        remove_duplicate: Whether a module is named once, however many names it has.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    while pending:
+        name, module = pending.pop()
+        if id(module) in seen:
+            continue
+        if remove_duplicate:
+            seen.add(id(module))
+        found.append((name, module))
+        own = module._modules
+        if own:
+            inside = f"{name}." if name else ""
+            ours = own["adapters"] if "adapters" in own and slots_of(module) else None
+            pending += [
+                (inside + key, child) for key, child in reversed(own.items()) if child is not None and child is not ours
+            ]
+    return found
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """Return all slots of a model, each once: a shorter walk than that for names, because switching is little else."""
+    found: dict[int, Slot] = {}
+    seen = {id(model)}
+    pending = [model]
+    for module in pending:
+        own = module._modules
+        ours = slots_of(module) if "adapters" in own else {}
+        found |= {id(slot): slot for slot in ours.values()}
+        for name, child in own.items():
+            if child is not None and child._modules and id(child) not in seen and not (ours and name == "adapters"):
+                seen.add(id(child))
+                pending.append(child)
+    return list(found.values())
+
+
 def added_modules(model: nn.Module) -> set[int]:
     """Return the ids of the modules that adapters consist of: everything in the model that is not the base's own."""
-    holders = [module._modules["adapters"] for module in model.modules() if slots_of(module)]
+    holders = [module._modules["adapters"] for _, module in named_base_modules(model) if slots_of(module)]
     return {id(part) for holder in holders for part in holder.modules()}  # type: ignore[union-attr]
 
 
 def clean(name: str) -> str:
     """Return a module or parameter name without the parts that wrappers (compile, FSDP, checkpointing) put in it."""
-    wrappers = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+    return _WRAPPER.sub("", name).removesuffix(".") if _WRAPPER.search(name) else name
 
 
 def join(*parts: str) -> str:
@@ -180,7 +232,16 @@ def sites(model: nn.Module, task: str | None = None) -> list[Site]:
         model: Any module.
         task: Only those that hold an adapter of this task; None means any.
     """
-    return list(_sites(model, task))
+    found: list[Site] = []
+    seen: set[int] = set()  # tied weights share one slot
+    for prefix, module in named_base_modules(model):
+        if "adapters" not in module._modules:
+            continue
+        for key, slot in slots_of(module).items():
+            if id(slot) not in seen and (task is None or task in slot):
+                seen.add(id(slot))
+                found.append(Site(clean(f"{prefix}.{key}" if prefix else key), module, slot.parameter))
+    return found
 
 
 def pattern(name: str) -> str:
@@ -196,7 +257,7 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """
     first: dict[int, str] = {}
     found: dict[str, list[str]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_base_modules(model):
         for key, slot in slots_of(module).items():
             name = clean(join(prefix, key))
             if first.setdefault(id(slot), name) == name:
@@ -213,7 +274,8 @@ def hidden(model: nn.Module) -> Iterator[None]:
     Args:
         model: The adapted model.
     """
-    owners = [(module, module._modules.pop("adapters")) for module in model.modules() if slots_of(module)]
+    adapted = [module for _, module in named_base_modules(model) if slots_of(module)]
+    owners = [(module, module._modules.pop("adapters")) for module in adapted]
     try:
         yield
     finally:
@@ -247,12 +309,3 @@ def check_not_written(model: nn.Module, tasks: Collection[str]) -> None:
                 f"cannot use {' and '.join(tasks) or 'the bare base'} now: training writes what {site.slot.written_by} "
                 f"adds to the base to {site.name} itself: wait for the end of the run, or train with in_place=False"
             )
-
-
-def _sites(model: nn.Module, task: str | None) -> Iterator[Site]:
-    seen: set[int] = set()  # tied weights share one slot
-    for prefix, module in model.named_modules():
-        for key, slot in slots_of(module).items():
-            if id(slot) not in seen and (task is None or task in slot):
-                seen.add(id(slot))
-                yield Site(clean(join(prefix, key)), module, slot.parameter)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.sites import check_known, check_not_written, sites
+from lightning_lora.sites import check_known, check_not_written, slots
 
 
 def use(model: nn.Module, *tasks: str) -> None:
@@ -21,16 +21,18 @@ def use(model: nn.Module, *tasks: str) -> None:
         ValueError: If the model has no adapter of a task.
         RuntimeError: If the training of another task writes to the base meanwhile, or each example has its own task.
     """
-    check_known(model, tasks)
-    check_not_written(model, tasks)
-    slots = [site.slot for site in sites(model)]
-    if any(slot.per_example is not None for slot in slots):
+    found, active = slots(model), tuple(dict.fromkeys(tasks))
+    if not all(any(task in slot for slot in found) for task in active):
+        check_known(model, active)
+    if any(slot.written_by not in (None, *active) for slot in found):
+        check_not_written(model, active)
+    if any(slot.per_example is not None for slot in found):
         raise RuntimeError(
             f"cannot use {' and '.join(tasks) or 'the bare base'} inside per_example(model, ...), where each example "
             "has a task of its own: leave the block first"
         )
-    for slot in slots:
-        slot.active = tuple(dict.fromkeys(tasks))
+    for slot in found:
+        slot.use(active)
 
 
 @contextmanager
@@ -41,10 +43,10 @@ def using(model: nn.Module, *tasks: str) -> Iterator[nn.Module]:
         model: The adapted model.
         tasks: As in ``use``.
     """
-    before = [(site.slot, site.slot.active) for site in sites(model)]
+    before = [(slot, slot.active) for slot in slots(model)]
     use(model, *tasks)
     try:
         yield model
     finally:
         for slot, active in before:
-            slot.active = active
+            slot.use(active)

@@ -14,9 +14,10 @@ from lightning_lora.candidates import Candidate, candidates, joined, of_known_ki
 from lightning_lora.gradient_stops import why_no_gradient
 from lightning_lora.layers import KINDS, kind_of
 from lightning_lora.layers.seam import AdaptedLayer
-from lightning_lora.sites import added_modules, clean, join
+from lightning_lora.sites import clean, join, named_base_modules
 
 ALL_LINEAR = "all-linear"
+_GLOB = re.compile(r"[*?\[]")
 V = TypeVar("V")
 Parts = Mapping[str, Sequence[str] | Mapping[str, int]]
 
@@ -28,6 +29,8 @@ def matches(pattern: str, name: str) -> bool:
         pattern: ``"q_proj"``, ``"layers.0.q_proj"`` or with ``* ? [0-9]``, where ``*`` also crosses dots.
         name: The dotted name.
     """
+    if not _GLOB.search(pattern):
+        return name == pattern or name.endswith(f".{pattern}")
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
@@ -145,7 +148,7 @@ def _all_linear(model: nn.Module, available: list[Candidate], left_out: set[int]
     heads = _output_heads(model)
     unknown = {
         clean(name): module
-        for name, module in model.named_modules()
+        for name, module in named_base_modules(model)
         if name and id(module) not in left_out | heads and _looks_linear(module)
     }
     if unknown:
@@ -163,7 +166,7 @@ def _all_linear(model: nn.Module, available: list[Candidate], left_out: set[int]
         raise ValueError(f"{what} found no linear layer in {type(model).__name__}: {_known()}{write}")
     chosen = [one for one in linear if id(one.site.module) not in heads]
     if all(id(one.site.module) in left_out for one in chosen) and heads:
-        names = [clean(name) for name, module in model.named_modules() if id(module) in heads]
+        names = [clean(name) for name, module in named_base_modules(model) if id(module) in heads]
         raise ValueError(f"{what} leaves out the output head, and {names[0]} is all there is: target_modules={names}")
     return chosen
 
@@ -252,8 +255,7 @@ def find_modules_to_save(model: nn.Module, patterns: Sequence[str]) -> list[tupl
         ValueError: If an entry matches nothing.
     """
     found: list[tuple[nn.Module, str | None]] = []
-    added = added_modules(model)
-    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if id(module) not in added]
+    named = named_base_modules(model, remove_duplicate=False) if patterns else []
     for pattern in patterns:
         hits: list[tuple[nn.Module, str | None]] = [
             (module, None) for name, module in named if name and matches(pattern, clean(name))
@@ -287,7 +289,7 @@ def _names_excluded(one: Candidate, patterns: Sequence[str]) -> bool:
 def _output_heads(model: nn.Module) -> set[int]:
     """Return the ids of the output layers that transformers models declare; they are rarely adapted and often tied."""
     heads: set[int] = set()
-    for module in model.modules():
+    for _, module in named_base_modules(model):
         declare = getattr(type(module), "get_output_embeddings", None)
         if declare is not None:
             heads.add(id(declare(module)))

@@ -108,7 +108,7 @@ def wrapped_before_injection(rank: int) -> dict[str, Any]:
     for name, wrap in WRAPPERS.items():
         module = Wraps(wrap)
         with (
-            patch.object(sys.modules["lightning_lora.inject"], "_check_shards"),
+            patch.object(sys.modules["lightning_lora.inject"], "check_shards"),
             patch(f"{GUARDS}.check_unwrapped"),
         ):
             trainer(callbacks=[LoRACallback(METHOD)]).fit(module, share(rank))

@@ -533,7 +533,7 @@ def test_a_forward_replaced_on_one_object_is_refused_because_no_class_reaches_it
 
 
 def test_without_that_check_its_adapter_would_do_nothing_until_it_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["lightning_lora.inject"], "replaced_forward", lambda module: False)
+    monkeypatch.setattr(sys.modules["lightning_lora.injection_checks"], "replaced_forward", lambda module: False)
     model = nn.Sequential(nn.Linear(3, 4))
     model[0].forward = MethodType(lambda self, x: F.linear(x, self.weight, self.bias), model[0])
     plain = model(torch.ones(2, 3))

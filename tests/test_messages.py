@@ -6,6 +6,7 @@ A message names the parameter or the place, the value found, what was expected, 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import traceback
@@ -144,7 +145,7 @@ from lightning_lora.callbacks.guards import (
 )
 from lightning_lora.callbacks.silent_batches import silent_losses
 from lightning_lora.derived_groups import split
-from lightning_lora.files import parse_json, read_json, read_tensors
+from lightning_lora.files import _places, _read, parse_json, read_json, read_tensors
 from lightning_lora.full_fingerprint import full_digest
 from lightning_lora.importance import importances
 from lightning_lora.input_statistics import InputStatistics, input_statistics
@@ -509,9 +510,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
     },
     ("inject", ValueError): {
         "bias='some': must be 'none', 'lora_only' or 'all'": lambda: adapted(bias="some"),
+        "task='other': the model has no adapter of that name; it has ['default']": lambda: remove(adapted(), "other"),
+    },
+    ("injection_checks", ValueError): {
         "task='mein Deutsch': use 1 to 64 letters, digits, '_' or '-', and no attribute of a module, such as "
         "task='german'": lambda: adapted(task="mein Deutsch"),
-        "task='other': the model has no adapter of that name; it has ['default']": lambda: remove(adapted(), "other"),
         "third.weight has no shape yet (lazy layer), so it can be neither adapted nor frozen: run one batch "
         "through the model where it is built, in __init__, setup or configure_model, or give in_features": (
             lambda: adapted(net(third=nn.LazyLinear(3)))
@@ -695,6 +698,11 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
             lambda: (model := net(), optimizer := Stateful(model), place(adapted(model), [optimizer]))
         ),
     },
+    ("files", ValueError): {
+        "its header says {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 4]} of A, which leaves a gap or does not "
+        "fit": lambda: _places({"A": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}),
+        "it was cut short while it was read": lambda: _read(io.BytesIO(b"ab"), torch.float32, [1]),
+    },
     ("files", AdapterError): {
         "best.adapter/adapter_model.safetensors: no such file; an adapter folder holds adapter_model.safetensors": (
             lambda: read_tensors("best.adapter/adapter_model.safetensors")
@@ -703,9 +711,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "most 16777216": (
             lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\xff" * 16).parent)
         ),
-        "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: Error while deserializing: "
-        "invalid JSON in header: ...": (
-            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", HEADER % 0).parent)
+        "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: Expecting value: line 1 column 1 "
+        "(char 0)": (
+            lambda: load_adapter(net(), written("best.adapter/adapter_model.safetensors", b"\x00" * 16).parent)
         ),
         "best.adapter/adapter_model.safetensors: damaged or not a safetensors file: it has 47 bytes where its header "
         "accounts for 55": (

@@ -6,6 +6,8 @@ calling the layers that own them, so during its forward the adapted weights stan
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import nn
 
 from lightning_lora.layers.attention import (
@@ -19,7 +21,7 @@ from lightning_lora.layers.linear import AdaptedConv1D, AdaptedLinear
 from lightning_lora.layers.parameters import AdaptedParameters
 from lightning_lora.layers.recurrent import AdaptedCell, AdaptedRecurrent
 from lightning_lora.layers.seam import AdaptedLayer, Called, plain_class, swap, unswap
-from lightning_lora.sites import slots_at, slots_of
+from lightning_lora.sites import named_base_modules, slots_at, slots_of
 
 KINDS: tuple[type[AdaptedLayer], ...] = (
     AdaptedLinear,
@@ -37,7 +39,11 @@ KINDS: tuple[type[AdaptedLayer], ...] = (
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
     """Return the kind of a layer, or None for a module of no known kind."""
-    plain = plain_class(module)
+    return _kind_of_class(plain_class(module))  # type: ignore[arg-type]
+
+
+@cache
+def _kind_of_class(plain: type[nn.Module]) -> type[AdaptedLayer] | None:
     return next((kind for kind in KINDS if kind.fits(plain)), None)
 
 
@@ -62,7 +68,7 @@ def swap_layer(module: nn.Module) -> None:
 
 def swap_readers(model: nn.Module) -> None:
     """Swap every reader of an adapted weight, and swap back those whose weights are adapted no longer."""
-    for module in model.modules():
+    for _, module in named_base_modules(model):
         kind = kind_of(module)
         if kind is None:
             continue

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.adapter import Adapter, Role
+from lightning_lora.adapter import BLOCK, BLOCK_ON_CPU, Adapter, Role
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
-
-_BLOCK_ON_CPU, _BLOCK = 2**17, 2**24  # numbers of entries of W + scaling * up @ down that exist at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +147,7 @@ class WithMagnitude(Adapter):
             weight, up, down = weight.mT, down.mT, up.mT
         wide = torch.promote_types(torch.promote_types(weight.dtype, up.dtype), torch.float32)
         widest = wide if weight.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-        block = _BLOCK_ON_CPU if weight.device.type == "cpu" else _BLOCK
+        block = BLOCK_ON_CPU if weight.device.type == "cpu" else BLOCK
         rows = max(1, block * weight.shape[-2] // max(1, weight.numel()))
         with torch.autocast(weight.device.type, enabled=False):
             up, down = self.scaling * up.to(wide), down.to(wide)

@@ -86,5 +86,9 @@ class HiRAAdapter(LoRAAdapter):
         return (weight + weight * self.delta()).to(weight.dtype)
 
     @override
+    def add_change(self, weight: Tensor, up: Tensor, down: Tensor) -> None:
+        weight.addcmul_(weight, up @ down, value=self.scaling)
+
+    @override
     def change(self, weight: Tensor) -> Tensor:
         return weight * self.delta()  # not the difference of two rounded weights: exactly 0 at the start

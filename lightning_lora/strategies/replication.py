@@ -24,8 +24,8 @@ from lightning_lora.fingerprint import note_base_weights
 from lightning_lora.full_fingerprint import check_frozen_digests
 from lightning_lora.loading import check_base
 from lightning_lora.sharding import is_sharded, spread, whole
-from lightning_lora.sites import clean, join, sites
-from lightning_lora.state import own_entries
+from lightning_lora.sites import clean, sites
+from lightning_lora.state import own_state_dict
 from lightning_lora.strategies.gradients import average_gradients, clip_by_norm, replicated
 
 
@@ -94,7 +94,7 @@ class ReplicatesAdapters(Strategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return, where it is written, what is trained, under the names that it has on one device."""
-        return {clean(name): self._written(value) for name, value in _own(self._module).items()}
+        return {clean(name): self._written(value) for name, value in own_state_dict(self._module).items()}
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -147,19 +147,6 @@ class ReplicatesAdapters(Strategy):
         """Write one file, on rank zero."""
         note_base_weights(sites(self._module))
         Strategy.save_checkpoint(self, checkpoint, self.broadcast(filepath), storage_options)
-
-
-def _own(model: nn.Module) -> dict[str, Any]:
-    """Return our entries of a model's state dict by their names in it, without a state dict of the base."""
-    names = own_entries(model)
-    found: dict[str, Any] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, value in (*module._parameters.items(), *module._buffers.items()):
-            if join(prefix, name) in names:
-                found[join(prefix, name)] = value.detach()
-        if join(prefix, "_extra_state") in names:
-            found[join(prefix, "_extra_state")] = module.get_extra_state()
-    return found
 
 
 @torch.no_grad()
