@@ -35,10 +35,11 @@ def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float
         down: (r, in).
         scaling: The factor on the low-rank term.
     """
-    if not torch.compiler.is_compiling() and x.is_cpu and x.numel() < _FEWEST_ROWS * down.shape[-1]:
+    few = x.dtype != down.dtype and x.is_cpu and x.numel() < _FEWEST_ROWS * down.shape[-1]
+    if few and not torch.compiler.is_compiling():
         x = x.to(torch.promote_types(x.dtype, down.dtype))
-    z = F.linear(x, down.to(x.dtype))
-    return torch.add(y, F.linear(z, up.to(z.dtype)).to(y.dtype), alpha=scaling)
+    z = F.linear(x, _cast(down, x))
+    return torch.add(y, _cast(F.linear(z, _cast(up, z)), y), alpha=scaling)
 
 
 def fused_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:

@@ -66,15 +66,18 @@ class AdaptedLinear(Called):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the plain layer and its one adapter as one operation where that can be, else one after the other."""
-        if len(args) + len(kwargs) == 1:
-            x = args[0] if args else next(iter(kwargs.values()))
-            weight, bias = self.multiplies_by(self), _own(self, "bias")
-            if weight is not None and linear_fuses(x, weight, bias) and (bias is not None or self.bias is None):
-                adapter = _only_adapter(self)
-                if adapter is not None:
-                    whole: Tensor = adapter(_with_base, x, weight, bias)
-                    return whole
-        return super().forward(*args, **kwargs)
+        adapter = _only_adapter(self) if len(args) + len(kwargs) == 1 else None
+        if adapter is None:
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        weight, bias = self.multiplies_by(self), _own(self, "bias")
+        if weight is not None and linear_fuses(x, weight, bias) and (bias is not None or self.bias is None):
+            output: Tensor = adapter(_with_base, x, weight, bias)
+        elif adapter.needs_weight:
+            output = super().forward(x)
+        else:
+            output = adapter(_added, self, super(Called, self).forward(x), x)
+        return output
 
     @staticmethod
     def multiplies_by(layer: nn.Module) -> Tensor | None:
@@ -157,6 +160,10 @@ def _only_adapter(layer: nn.Module) -> Adapter | None:
     (adapter,) = adapters
     inputs_change = adapter.needs_weight and (slot.layout.looked_up or adapter.drops())  # on inputs, or on W x too
     return None if inputs_change or not adapter.low_rank or adapter.waits_for_weight else adapter
+
+
+def _added(adapter: Adapter, layer: AdaptedLinear, output: Tensor, x: Tensor) -> Tensor:
+    return layer.add(layer, adapter, output, x)
 
 
 def _with_base(adapter: Adapter, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
