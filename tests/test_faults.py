@@ -1076,7 +1076,7 @@ def test_f10_a_reader_meets_only_whole_folders_of_two_writers(tmp_path: Path) ->
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_f11_the_system_is_told_to_sync_before_and_after_the_rename(tmp_path: Path) -> None:
-    go, came = os.pipe(), os.pipe()
+    go = os.pipe()
 
     def write() -> None:
         os.read(go[0], 1)
@@ -1084,14 +1084,17 @@ def test_f11_the_system_is_told_to_sync_before_and_after_the_rename(tmp_path: Pa
         for content in (b"old", b"new"):
             write_folder(tmp_path / "folder", {"a": content})
 
-    with ThreadPoolExecutor(1) as pool:
-        writer = pool.submit(forked, lambda: (os.write(came[1], str(os.getpid()).encode()), write()))
-        calls = "trace=fsync,rename,renameat,renameat2"
-        command = ["strace", "-y", "-e", calls, "-o", tmp_path / "trace", "-p", os.read(came[0], 20).decode()]
-        with subprocess.Popen(command, stderr=subprocess.PIPE) as trace:
-            attached = trace.stderr is not None and b"attached" in trace.stderr.readline()
-            os.write(go[1], b".")
-            assert writer.result() == ""
+    writer = get_context("fork").Process(target=write)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forks beside threads: nothing here waits for one
+        writer.start()
+    calls = "trace=fsync,rename,renameat,renameat2"
+    command = ["strace", "-y", "-e", calls, "-o", tmp_path / "trace", "-p", str(writer.pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as trace:
+        attached = trace.stderr is not None and b"attached" in trace.stderr.readline()
+        os.write(go[1], b".")
+        writer.join(60)
+    assert writer.exitcode == 0
     if not attached:
         pytest.skip("strace may not trace here")
     found = []
@@ -1121,7 +1124,7 @@ def test_f17_merging_twice_is_an_error_and_a_while_of_it_leaves_every_bit(dtype:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_f19_threads_and_processes_that_load_together_get_the_same(folder: Path) -> None:
+def test_f19_threads_and_processes_that_load_together_get_the_same(folder: Path, tmp_path: Path) -> None:
     x = torch.linspace(-1, 1, 8).view(2, 4)
     expected = adapted()(x)
 
@@ -1134,13 +1137,19 @@ def test_f19_threads_and_processes_that_load_together_get_the_same(folder: Path)
         for found in pool.map(load, range(32)):
             assert torch.equal(found, expected)
 
-    def read() -> None:
+    def read(file: Path) -> None:
         load_adapter(model := base(), folder)
-        print(model(x).flatten().tolist())
+        file.write_text(json.dumps(model(x).flatten().tolist()))
 
-    with ThreadPoolExecutor(8) as pool:
-        done = list(pool.map(lambda _: forked(read), range(8)))
-    assert [json.loads(one) for one in done] == [expected.flatten().tolist()] * 8
+    found_by = [tmp_path / f"{i}.json" for i in range(8)]
+    readers = [get_context("fork").Process(target=read, args=(file,)) for file in found_by]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forks beside threads: nothing here waits for one
+        for reader in readers:
+            reader.start()
+    for reader in readers:
+        reader.join(60)
+    assert [json.loads(file.read_text()) for file in found_by] == [expected.flatten().tolist()] * 8
 
 
 class Moves(Lit):
