@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_lora import LoRA, LoRACallback, inject, sites
 
 METHOD = LoRA(r=2, alpha=4)
-GUARDS = "lightning_lora.callbacks.lora"
+GUARDS = "lightning_lora.callbacks.injection"
 
 
 def trainer(**options: Any) -> L.Trainer:

@@ -62,7 +62,7 @@ from lightning_lora import (
     AdapterError,
     LoRA,
     LoRACallback,
-    fingerprint,
+    full_fingerprint,
     inject,
     load_adapter,
     load_from_checkpoint,
@@ -704,8 +704,8 @@ def test_f3_the_full_fingerprint_is_in_checkpoints_and_their_folders_and_is_take
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    digest = fingerprint.full_digest
-    monkeypatch.setattr(fingerprint, "full_digest", lambda weight: read.append(weight.numel()) or digest(weight))
+    digest = full_fingerprint.full_digest
+    monkeypatch.setattr(full_fingerprint, "full_digest", lambda weight: read.append(weight.numel()) or digest(weight))
     options = {"target_modules": ["first"], "fingerprint": "full"}
     run = trainer(callbacks=[LoRACallback(**options)])
     run.fit(Lit(), loader())

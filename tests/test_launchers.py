@@ -30,6 +30,7 @@ def one_process(folder: Path) -> Lit:
     """Run the job, or what is left of it, in this process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*no last checkpoint available")
+        warnings.filterwarnings("ignore", "the checkpoint holds the random states of 2 processes")
         return job(folder, 1, 1)
 
 

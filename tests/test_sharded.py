@@ -95,13 +95,14 @@ class TestMemoryAndMessages:
             assert base / 2 <= run["held"] <= base / 2 * 1.02  # rows that do not divide evenly are padded
             assert run["gradients"] == run["trained"] < base / 3
 
-    def test_a_checkpoint_sends_its_name_and_nothing_of_the_base_or_the_adapters(
+    def test_a_checkpoint_sends_its_name_and_random_states_and_nothing_of_the_base_or_the_adapters(
         self, strategy: str, found: Any
     ) -> None:
         for run in found["two"][f"{strategy} messages"].values():
-            assert set(run["saving"]) <= {"broadcast_", "barrier"}
+            assert set(run["saving"]) <= {"broadcast_", "barrier", "allgather_", "gather_"}
             assert set(run["loading"]) <= {"broadcast_"}
             assert run["saving"]["broadcast_"] + run["loading"]["broadcast_"] < 1000  # two paths
+            assert run["saving"]["allgather_"] + run["saving"]["gather_"] < 100_000  # random states
 
     def test_a_base_ten_times_as_large_has_the_same_checkpoint_and_the_same_messages(
         self, strategy: str, found: Any

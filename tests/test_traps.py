@@ -679,7 +679,7 @@ def test_trap_19_a_tied_head_that_is_trained_in_full_changes_the_embedding(
     options: dict[str, Any] = {"target_modules": ["body"], "modules_to_save": ["head"]}
     naive = Tied()
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.callbacks.lora.tied_to_frozen", lambda _: None)
+        patch.setattr("lightning_lora.callbacks.injection.tied_to_frozen", lambda _: None)
         trainer(callbacks=[callback(**options)]).fit(naive, loader())
     assert not torch.equal(naive.net["embed"].weight, Tied().net["embed"].weight)
 
@@ -818,7 +818,7 @@ def test_trap_23_a_module_that_is_built_anew_is_tested_without_its_training(
     adapted = predict(module)
     untrained = trainer().test(Lit(), loader(), verbose=False)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_lora.callbacks.lora.rank_zero_warn", lambda _: None)
+        patch.setattr("lightning_lora.callbacks.injection.rank_zero_warn", lambda _: None)
         assert run.test(module, loader(), verbose=False) == untrained
 
     with pytest.warns(UserWarning, match=r"Forgets built its layers anew, .* its adapters are fresh: pass ckpt_path"):

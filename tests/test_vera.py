@@ -323,7 +323,7 @@ def saved(model: nn.Module, path: Path, only_names: bool = False) -> dict[str, T
     from lightning_lora.fingerprint import base_weights
     from lightning_lora.saving import folder_contents
 
-    files = folder_contents(model, model.state_dict(), "default", base_weights(sites(model)))
+    files = folder_contents(model, model.state_dict(), "default", base_weights(sites(model)), {})
     return safetensors.torch.load(files["adapter_model.safetensors"])
 
 
