@@ -329,7 +329,7 @@ GB in a step; in the last column for a checkpoint, for which `ddp` and `lora_fsd
 - **The price is 16 T (1 - 1/W) bytes of each GPU.** For 70B at r=64 on 64 GPUs: {gb(whole.state)} GB on each, where
   divided ones take {gb(divided.state)}, beside {gb(whole.base)} GB of the base. All that is held at once, without
   activations, is {gb(whole.needed)} GB instead of {gb(divided.needed)}.
-- **What it buys**: nothing is gathered for a checkpoint (divided, {gb(divided.checkpoint_received)} GB arrive), and
+- **What it buys**: no weight is gathered for a checkpoint (divided, {gb(divided.checkpoint_received)} GB arrive), and
   adapters cost 8 T a step in messages instead of 12 T: {gb(whole.received)} GB in all, divided
   {gb(divided.received)}.
 - **Padding turns against division where W > r.** A factor A (r, in) has r rows. Divided over more processes than that,
