@@ -18,6 +18,7 @@ from lightning_lora.sites import clean, join, named_base_modules
 
 ALL_LINEAR = "all-linear"
 _GLOB = re.compile(r"[*?\[]")
+_LONGEST_EXPRESSION = 10_000  # characters
 V = TypeVar("V")
 Parts = Mapping[str, Sequence[str] | Mapping[str, int]]
 
@@ -110,6 +111,11 @@ def find_targets(
     if target_modules == ALL_LINEAR:
         chosen = _all_linear(model, available, left_out)
     elif isinstance(target_modules, str):
+        if len(target_modules) > _LONGEST_EXPRESSION:
+            raise ValueError(
+                f"target_modules is a regular expression of {len(target_modules)} characters, at most "
+                f"{_LONGEST_EXPRESSION}: give a list of names"
+            )
         try:
             expression = re.compile(target_modules)
         except re.error as error:

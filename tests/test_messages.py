@@ -430,6 +430,9 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         "target_modules=[] adapts nothing: write target_modules='all-linear' or a list of names": (
             lambda: adapted(target_modules=[])
         ),
+        "target_modules is a regular expression of 12000 characters, at most 10000: give a list of names": (
+            lambda: adapted(target_modules="fir(st)?" * 1500)
+        ),
         "target_modules entry 'frist' matches nothing. Did you mean 'first'?": (
             lambda: adapted(target_modules=["frist"])
         ),
