@@ -100,7 +100,11 @@ def goals(found: dict[str, dict[str, Any]]) -> list[list[str]]:
             cells.append(f"{good} of {len(one)}, {sum(None in o['codes'] for o in one)} hung")
         rows.append(["SIGTERM to both ranks, to one: saved, and all gone in time", cells[0], f"Lightning: {cells[1]}"])
     rows.append(
-        ["a resumed run is bit for bit the uninterrupted one", "tests/test_exact_resume.py, test_preempted_ranks.py", ""]
+        [
+            "a resumed run is bit for bit the uninterrupted one",
+            "tests/test_exact_resume.py, test_preempted_ranks.py",
+            "",
+        ]
     )
     if "merges" in of:
         changed = {who: max(v[0] for k, v in of["merges"].items() if k.startswith(who)) for who in ("ours", "PEFT")}
