@@ -6,7 +6,6 @@ Needs a C++ compiler, which inductor calls.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from bases import Base
 from contenders import METHODS, REGIMES, W16, W32, Case, Contender, ours, pefts, plain
-from measuring import by_turns, footer, measured_with, quartiles, ratio, table, write
+from measuring import by_turns, footer, measured_with, options, quartiles, ratio, table, write
 
 LAYERS, HIDDEN, INNER = 2, 512, 1376
 
@@ -117,19 +116,15 @@ a ratio to that of PEFT's compiled step of the same round, the median and the qu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--remark", default="", help="what else was going on, for the page")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    given = options(__doc__, rounds=7)
     logging.getLogger("torch").setLevel(logging.ERROR)
     found = {name: breaks(Case("blocks", name)) for name in METHODS}
     print(found, flush=True)
     timed = []
     for case in TIMED if shutil.which("g++") or shutil.which("clang++") else []:
-        timed.append(times(case, options.rounds))
+        timed.append(times(case, given.rounds))
         print(f"{case}: {timed[-1]['ratios']['ours'][1]:.2f} of PEFT's time", flush=True)
-    record = {"breaks": found, "timed": timed, **measured_with(options.remark)}
+    record = {"breaks": found, "timed": timed, **measured_with(given.remark)}
     write("compiled", record, page(record))
 
 

@@ -6,7 +6,6 @@ the rounds' own ratios. Peaks are what PyTorch had allocated at most, beyond wha
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import hashlib
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_lora import DoRA, LoRA, Method, inject, load_adapter, merge_, merged, remove, save_adapter, use, using
 from lightning_lora.state import own_state_dict
-from measuring import footer, measured_with, peak_bytes, write
+from measuring import footer, measured_with, options, peak_bytes, write
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS, SIDE = 32, 4096
@@ -83,15 +82,15 @@ def injected(device: str, hidden: int, rounds: int) -> Iterator[Row]:
         "LoRA": (LoRA(r=16), {}),
         "DoRA": (DoRA(r=16), {"use_dora": True}),
     }
-    for name, (method, options) in methods.items():
+    for name, (method, their_options) in methods.items():
 
         def ours(method: Method = method) -> Run:
             model = same_weights(base)
             return lambda: inject(model, method, TARGETS)
 
-        def theirs(options: dict[str, Any] = options) -> Run:
+        def theirs(their_options: dict[str, Any] = their_options) -> Run:
             model = same_weights(base)
-            return lambda: peft.get_peft_model(model, lora_config(16, **options))
+            return lambda: peft.get_peft_model(model, lora_config(16, **their_options))
 
         where = f"on {device}, hidden size {hidden:,}"
         yield by_turns(f"inject {name} into {LAYERS * len(TARGETS)} linear layers {where}", rounds, ours, theirs)
@@ -277,28 +276,24 @@ def number(value: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--remark", default="", help="what else was going on, for the page")
-    options = parser.parse_args()
+    given = options(__doc__, rounds=5)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = Path(tempfile.mkdtemp())
     rows: list[Row] = []
     try:
         for part in (
-            injected("meta", SIDE, options.rounds),
-            injected("cpu", 256, options.rounds),
-            loaded(options.rounds, folder),
-            merges(torch.float32, options.rounds),
-            merges(torch.bfloat16, options.rounds),
-            growth(options.rounds),
+            injected("meta", SIDE, given.rounds),
+            injected("cpu", 256, given.rounds),
+            loaded(given.rounds, folder),
+            merges(torch.float32, given.rounds),
+            merges(torch.bfloat16, given.rounds),
+            growth(given.rounds),
         ):
             rows += part
     finally:
         shutil.rmtree(folder)
-    found = {"rows": rows, **measured_with(options.remark)}
+    found = {"rows": rows, **measured_with(given.remark)}
     write("costs", found, page(found))
 
 

@@ -6,7 +6,6 @@ the points; what LoRA adds is a model's count less the floor's, and is compared 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from bases import Base, llama
 from contenders import W32, Case, Contender, ours, pefts, plain
 from lightning_lora import LoRA, inject, use
 from lightning_lora.plots import empty_figure
-from measuring import RESULTS, by_turns, footer, measured_with, slope, table, write
+from measuring import RESULTS, by_turns, footer, measured_with, options, slope, table, write
 
 HIDDEN, INNER, HEADS = 256, 688, 8
 MATRICES = 4 * [(HIDDEN, HIDDEN)] + 2 * [(INNER, HIDDEN)] + [(HIDDEN, INNER)]  # of one layer, (out, in)
@@ -183,19 +182,15 @@ def draw(record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--remark", default="", help="what else was going on, for the page")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    given = options(__doc__, rounds=5)
     axes: dict[str, list[dict[str, Any]]] = {}
     for axis, points in AXES.items():
         axes[axis] = []
         for point in points:
-            axes[axis].append(measure(point, options.rounds))
+            axes[axis].append(measure(point, given.rounds))
             mine = seconds_of(axes[axis][-1], "ours") / seconds_of(axes[axis][-1], "PEFT")
             print(f"{axis} {getattr(point, axis)}: {mine:.2f} of PEFT's time", flush=True)
-    record = {"axes": axes, **measured_with(options.remark)}
+    record = {"axes": axes, **measured_with(given.remark)}
     write("growth", record, page(record))
     draw(record)
 

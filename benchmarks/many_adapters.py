@@ -6,12 +6,7 @@ the median of rounds in which all take turns; launches are counted, not timed, a
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +14,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-import lightning_lora
 from lightning_lora import LoRA, inject, per_example, sites, use
-from measuring import RESULTS, Kernels, processor
+from measuring import Kernels, by_turns, footer, measured_with, options, write
 
 WIDTH, RANK, ROWS, ACTIVE = 1024, 16, 64, 8
 CASES = [(tasks, tokens) for tokens in (1, 32) for tasks in (1, 4, 16, 64)]
@@ -58,16 +52,11 @@ def contenders(tasks: list[str]) -> tuple[nn.Module, Any, nn.Module]:
 
 def compared(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, Any]:
     """Seconds and launches of each contender, whose outputs are the same but for the base's."""
-    seconds: dict[str, list[float]] = {who: [] for who in runs}
     expected = runs[PEFT]()
     for who, run in runs.items():
         if who != BASE:
             torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-3)
-    for _ in range(rounds):
-        for who, run in runs.items():
-            before = time.process_time()
-            run()
-            seconds[who].append(time.process_time() - before)
+    seconds = by_turns(runs, rounds)
     launches = {}
     for who, run in runs.items():
         with Kernels() as counted:
@@ -128,7 +117,6 @@ def page(found: dict[str, Any]) -> str:
 
     mixes = [f"| {c['tasks']} | {c['tokens']} | {cells(c, BASE, PEFT, OURS, ENTERING)}" for c in found["mixed"]]
     actives = [f"| {ROWS} x {c['tokens']} | {cells(c, BASE, PEFT, OURS)}" for c in found["active"]]
-    load = ", ".join(f"{one:.1f}" for one in found["load"])
     return f"""# Many adapters beside PEFT's
 
 One linear layer of {WIDTH} x {WIDTH} in fp32, LoRA of rank {RANK}, no gradients. `python benchmarks/many_adapters.py`
@@ -152,34 +140,20 @@ PEFT's `set_adapter` with a list and `use(model, *tasks)`.
 |---|---|---|---|---|---|---|
 {chr(10).join(actives)}
 
-Measured on {found["machine"]}; load averages at the end {load} on {found["cores"]} cores{found["remark"]}.
-{found["versions"]}.
-"""
+{footer(found)}"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--remark", default="", help="what else was going on, for the page")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    given = options(__doc__, rounds=15)
     found: dict[str, Any] = {"mixed": [], "active": []}
     for tasks, tokens in CASES:
-        found["mixed"].append(mixed(tasks, tokens, options.rounds))
+        found["mixed"].append(mixed(tasks, tokens, given.rounds))
         print(tasks, "tasks,", tokens, "tokens:", found["mixed"][-1]["milliseconds over the base"], flush=True)
     for tokens in (1, 4, 32):
-        found["active"].append(active(tokens, options.rounds))
+        found["active"].append(active(tokens, given.rounds))
         print(ACTIVE, "together,", tokens, "tokens:", found["active"][-1]["milliseconds over the base"], flush=True)
-    found |= {
-        "machine": f"{platform.machine()} {processor()}".strip(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "remark": f": {options.remark}" if options.remark else "",
-        "versions": f"lightning_lora {lightning_lora.__version__}, PEFT {peft.__version__}, "
-        f"PyTorch {torch.__version__}",
-    }
-    (RESULTS / "many_adapters.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "many_adapters.md").write_text(page(found))
+    found |= measured_with(given.remark)
+    write("many_adapters", found, page(found))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ in every round, and what is compared is the median of the rounds' ratios.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -164,6 +165,23 @@ def quartiles(seconds: Mapping[str, Sequence[float]], to: str) -> dict[str, list
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
     """Return the slope of the straight line through points that has the least squared distance to them."""
     return statistics.linear_regression(x, y).slope
+
+
+def options(about: str | None, rounds: int, **more: Any) -> argparse.Namespace:
+    """Read the command line of a benchmark, which runs on one thread from here on.
+
+    Args:
+        about: What ``--help`` says.
+        rounds: How many rounds are timed if nothing else is said.
+        more: Further options, each with what argparse takes of it.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--remark", default="", help="what else was going on, for the page")
+    for name, how in more.items():
+        parser.add_argument(f"--{name}", **how)
+    torch.set_num_threads(1)
+    return parser.parse_args()
 
 
 def measured_with(remark: str = "") -> dict[str, Any]:

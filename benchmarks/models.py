@@ -5,15 +5,12 @@ One axis is varied at a time around a centre (LoRA of rank 16, 2 x 256 tokens): 
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
-import torch
-
 from bases import bert, convolutions, encoder, gpt2, llama, vit
 from contenders import REGIMES, W16, W32, Case, compare
-from measuring import RESULTS, footer, measured_with, ratio, table, write
+from measuring import RESULTS, footer, measured_with, options, ratio, table, write
 from peers import installed
 
 LAYERS, HIDDEN, HEADS = 2, 256, 8
@@ -117,25 +114,22 @@ def peers_table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--resume", action="store_true", help="go on behind the last case that is on record")
-    parser.add_argument("--remark", default="", help="what else was going on, for the page")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    given = options(
+        __doc__, rounds=7, resume={"action": "store_true", "help": "go on behind the last case that is on record"}
+    )
     there = installed()
     names = [name for name, why in there.items() if not why]
     record: dict[str, Any] = {"sections": {title: [] for title in SECTIONS}, "peers": [], "installed": there}
-    if options.resume:
+    if given.resume:
         record = json.loads((RESULTS / "models.json").read_text())
     todo = [(record["sections"][title], asked, ()) for title, cases in SECTIONS.items() for asked in cases]
     todo += [(record["peers"], on(regime=regime), names) for regime in REGIMES if names]
     done = sum(map(len, record["sections"].values())) + len(record["peers"])
     for into, asked, peers in todo[done:]:
-        rounds = min(options.rounds, 3) if asked.batch * asked.tokens > 4096 else options.rounds
+        rounds = min(given.rounds, 3) if asked.batch * asked.tokens > 4096 else given.rounds
         into.append(compare(BASES[asked.base], asked, rounds, peers))
         print(f"{asked.base}, {asked}: {seconds_of(into[-1], 'ours')}", flush=True)
-        record |= measured_with(options.remark)
+        record |= measured_with(given.remark)
         write("models", record, page(record, len(todo)))
 
 

@@ -5,7 +5,6 @@ The floor is the same model without adapters, differentiated with respect to its
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from bases import llama
 from contenders import ALL16, AMP, METHODS, W16, W32, Case, Contender, compare, ours
 from lightning_lora import DeltaLoRA, Method, sites
-from measuring import by_turns, footer, measured_with, quartiles, ratio, table, write
+from measuring import by_turns, footer, measured_with, options, quartiles, ratio, table, write
 
 LAYERS, HIDDEN, INNER = 2, 512, 1376
 BASE = llama(LAYERS, HIDDEN, INNER, heads=8, key_heads=8)
@@ -127,16 +126,12 @@ With a bf16 base and fp32 adapters, 4 x 256 tokens, and all that a step of the m
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--remark", default="", help="what else was going on, for the page")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    given = options(__doc__, rounds=7)
     cases = []
     for asked, _ in CASES:
-        cases.append(compare(BASE, asked, options.rounds))
+        cases.append(compare(BASE, asked, given.rounds))
         print(f"{asked}: {cases[-1]['ratios']['ours'][1]:.2f} of PEFT's time", flush=True)
-    record = {"cases": cases, "beside LoRA": beside_lora(options.rounds), **measured_with(options.remark)}
+    record = {"cases": cases, "beside LoRA": beside_lora(given.rounds), **measured_with(given.remark)}
     write("step", record, page(record))
 
 

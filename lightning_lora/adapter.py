@@ -99,8 +99,7 @@ class Adapter(nn.Module):
         (up, down), gain = self.factors(), self.gain(weight)
         wide = torch.promote_types(torch.promote_types(weight.dtype, up.dtype), torch.float32)
         down = down.to(wide)
-        block = BLOCK_ON_CPU if weight.device.type == "cpu" else BLOCK
-        rows = max(1, block * weight.shape[-2] // max(1, weight.numel()))
+        rows = rows_at_a_time(weight)
         for start in range(0, weight.shape[-2], rows):
             some = slice(start, start + rows)
             part = weight[..., some, :]
@@ -178,6 +177,12 @@ class Adapter(nn.Module):
         if was_meta and not any(parameter.is_meta for parameter in self.parameters()):
             self.reset_parameters()
         return self
+
+
+def rows_at_a_time(weight: Tensor) -> int:
+    """Return how many rows of a matrix, or of each of a stack, are computed at a time, so that little of it is new."""
+    block = BLOCK_ON_CPU if weight.device.type == "cpu" else BLOCK
+    return max(1, block * weight.shape[-2] // max(1, weight.numel()))
 
 
 def stored_factors(adapter: Adapter) -> list[str]:

@@ -22,17 +22,24 @@ SECTION = "lightning_lora"
 SCHEMA = 1
 MAX_HEADER_BYTES = 16 * 2**20
 _DTYPES = {  # by their names in safetensors files
-    **{
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "C64": torch.complex64,
-    },
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class AdapterError(ValueError):
@@ -60,8 +67,7 @@ def to_bytes(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> b
     in_order = sorted(own, key=lambda name: (-own[name].itemsize, name))  # so that each is aligned
     for name in in_order:
         begin, end = end, end + own[name].nbytes
-        names = [known for known, dtype in _DTYPES.items() if dtype == own[name].dtype]
-        fields[name] = {"dtype": names[0], "shape": list(own[name].shape), "data_offsets": [begin, end]}
+        fields[name] = {"dtype": _NAMES[own[name].dtype], "shape": list(own[name].shape), "data_offsets": [begin, end]}
     metadata = {"format": "pt", SECTION: text, f"{SECTION}.checksum": _checksum(text, own)}
     header = json.dumps({**fields, "__metadata__": metadata}, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

@@ -260,6 +260,19 @@ def check_base(path: object, found: list[Site], bases: list[str | None]) -> None
         )
 
 
+def check_described_base(path: object, model: nn.Module, found: list[Site], described: Mapping[str, Any]) -> None:
+    """Raise ``AdapterError`` if a checkpoint was trained on another base, as far as its description says.
+
+    Args:
+        path: For the message.
+        model: The base, or the module that holds it.
+        found: Its sites that the description has under the same names.
+        described: The description.
+    """
+    check_base(path, found, [described["sites"][site.name].get("base") for site in found])
+    check_frozen_digests(path, model, "", described.get("weights", {}))
+
+
 def _check_device(found: list[Site], path: Path) -> None:
     absent = [site.name for site in found if site.weight is not None and site.weight.is_meta]
     if absent:

@@ -48,10 +48,10 @@ def per_example(model: nn.Module, tasks: Sequence[str | None], dim: int | None =
     """
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks={tasks!r}: must be a list with a task, or None, for each example of the batch")
-    check_known(model, [task for task in dict.fromkeys(tasks) if task is not None])
+    places = [(site.name, site.slot) for site in sites(model)]
+    check_known([slot for _, slot in places], [task for task in dict.fromkeys(tasks) if task is not None])
     for task in dict.fromkeys(tasks):
         check_not_written(model, [] if task is None else [task])
-    places = [(site.name, site.slot) for site in sites(model)]
     dim = _checked(model, places, dim)
     mixed = {name: _tasks_at(slot, tasks) for name, slot in places}
     read_by = _read_slots(model)
@@ -64,7 +64,7 @@ def per_example(model: nn.Module, tasks: Sequence[str | None], dim: int | None =
     before = [(slot, slot.active) for _, slot in places]
     try:
         for name, slot in places:
-            slot.active = tuple(task for task in dict.fromkeys(mixed[name]) if task is not None)
+            slot.use(tuple(task for task in dict.fromkeys(mixed[name]) if task is not None))
             if len(set(mixed[name])) > 1:
                 slot.per_example = _PerExample(name, mixed[name], dim)
         yield model

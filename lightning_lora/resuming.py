@@ -17,11 +17,10 @@ from lightning_lora.analysis import product_svd
 from lightning_lora.derived_groups import NAMES, PARTIAL
 from lightning_lora.description import check_description, methods_of, redrawn, shares_of
 from lightning_lora.files import AdapterError, some
-from lightning_lora.full_fingerprint import check_frozen_digests
 from lightning_lora.inject import remove, restructures
 from lightning_lora.layers import kind_of
 from lightning_lora.layers.seam import AdaptedLayer
-from lightning_lora.loading import adopt, check_base
+from lightning_lora.loading import adopt, check_described_base
 from lightning_lora.method import Method
 from lightning_lora.sharing import shares
 from lightning_lora.sites import Site, clean, sites
@@ -110,9 +109,7 @@ def check_same(
                 "and alpha_pattern as they were, or say resume_mismatch='reinit' or 'resize'"
             )
     if not allow_base_mismatch:
-        found = sites(model, task)
-        check_base(path, found, [described["sites"][site.name].get("base") for site in found])
-        check_frozen_digests(path, model, "", described.get("weights", {}))
+        check_described_base(path, model, sites(model, task), described)
     redrawn(described, path)
 
 
@@ -151,8 +148,7 @@ def refit(
     every = sites(model, task)
     found = [site for site in every if site.name in theirs]
     if not allow_base_mismatch:
-        check_base(path, found, [described["sites"][site.name].get("base") for site in found])
-        check_frozen_digests(path, model, "", described.get("weights", {}))
+        check_described_base(path, model, found, described)
     redrawn(described, path)
     given = {clean(name): value for name, value in checkpoint["state_dict"].items()}
     ours = own_entries(model)

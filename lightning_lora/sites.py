@@ -283,14 +283,14 @@ def hidden(model: nn.Module) -> Iterator[None]:
             module._modules["adapters"] = adapters
 
 
-def check_known(model: nn.Module, tasks: Collection[str]) -> None:
-    """Raise ``ValueError`` if the model has no adapter of one of these tasks.
+def check_known(found: Collection[Slot], tasks: Collection[str]) -> None:
+    """Raise ``ValueError`` if a model has no adapter of one of these tasks.
 
     Args:
-        model: The adapted model.
+        found: The model's slots.
         tasks: Their names.
     """
-    known = sorted({task for site in sites(model) for task in site.slot})
+    known = sorted({task for slot in found for task in slot})
     for task in tasks:
         if task not in known:
             raise ValueError(f"task={task!r}: the model has no adapter of that name; it has {known}")

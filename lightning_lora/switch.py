@@ -22,8 +22,7 @@ def use(model: nn.Module, *tasks: str) -> None:
         RuntimeError: If the training of another task writes to the base meanwhile, or each example has its own task.
     """
     found, active = slots(model), tuple(dict.fromkeys(tasks))
-    if not all(any(task in slot for slot in found) for task in active):
-        check_known(model, active)
+    check_known(found, active)
     if any(slot.written_by not in (None, *active) for slot in found):
         check_not_written(model, active)
     if any(slot.per_example is not None for slot in found):

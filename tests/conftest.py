@@ -87,6 +87,11 @@ def loader(batches: int = 4, batch_size: int = 4) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def run_processes(script: str, folder: Path, timeout: int) -> None:
     """Run a script of this folder, which starts processes and writes what they found to another one.
 

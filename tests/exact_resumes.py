@@ -143,17 +143,29 @@ def same(resumed: Lit, whole: Lit) -> dict[str, bool]:
 # ---- two processes
 
 
-def sampled(rank: int) -> Any:
-    """Shuffled over all processes by Lightning's sampler, by the global seed."""
-    return DataLoader(loader(2 * BATCHES).dataset, batch_size=4, shuffle=True)
+def sampled(rank: int, shuffle: bool) -> Any:
+    """Spread over all processes by Lightning's sampler, which shuffles by the global seed."""
+    return DataLoader(loader(2 * BATCHES).dataset, batch_size=4, shuffle=shuffle)
 
 
-def placed(rank: int) -> Any:
+def placed(rank: int, shuffle: bool) -> Any:
     """A share for each process, which shuffles it by itself."""
-    return Placed(Subset(loader(2 * BATCHES).dataset, range(rank, 32, 2)), shuffle=True)
+    return Placed(Subset(loader(2 * BATCHES).dataset, range(rank, 32, 2)), shuffle)
 
 
-RUNS = {"sampled": (sampled, ["epoch=0.ckpt"]), "placed": (placed, ["step=3.ckpt", "step=6.ckpt"])}
+LOADERS = {"sampled": (sampled, ["epoch=0.ckpt"]), "placed": (placed, ["step=3.ckpt", "step=6.ckpt"])}
+RUNS = [
+    (name, dropout, shuffle, precision)
+    for name in LOADERS
+    for dropout in (0.0, 0.5)
+    for shuffle in (False, True)
+    for precision in ("32-true", "bf16-mixed")
+]
+
+
+def called(name: str, dropout: float, shuffle: bool, precision: str) -> str:
+    """Return the name of a run's folder."""
+    return f"{name}-{dropout}-{shuffle}-{precision}"
 
 
 def job(rank: int, folder: Path) -> None:
@@ -162,16 +174,19 @@ def job(rank: int, folder: Path) -> None:
     warnings.simplefilter("error", UserWarning)
     warnings.filterwarnings("ignore", message=".*does not have many workers|Checkpoint directory")
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`|.*treespec, LeafSpec")
-    found = {}
-    for name, (batches, checkpoints) in RUNS.items():
-        options = {"use_distributed_sampler": batches is sampled, "method": LoRA(r=2, dropout=0.5), "seed_by": rank}
-        options["max_epochs"] = 2
+    found: dict[str, Any] = {}
+    for run in RUNS:
+        name, dropout, shuffle, precision = run
+        batches, checkpoints = LOADERS[name]
+        options = {"use_distributed_sampler": batches is sampled, "method": LoRA(r=2, dropout=dropout)}
+        options |= {"seed_by": rank, "precision": precision, "max_epochs": 2}
         os.environ |= {"PL_GLOBAL_SEED": "3"} if batches is sampled else {}
-        whole = train(folder / name, batches(rank), **options)
+        whole = train(folder / called(*run), batches(rank, shuffle), **options)
         os.environ |= {"PL_GLOBAL_SEED": "4"} if batches is sampled else {}
+        found[called(*run)] = {"own numbers": whole.drawn}
         for one in checkpoints:
-            found[one] = same(train(folder / name, batches(rank), one, **options), whole)
-            found[one]["own numbers"] = whole.drawn
+            resumed = train(folder / called(*run), batches(rank, shuffle), one, **options)
+            found[called(*run)][one] = same(resumed, whole)
         os.environ.pop("PL_GLOBAL_SEED", None)  # by which Lightning gives all processes the same numbers
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
@@ -181,7 +196,8 @@ def alone(rank: int, folder: Path) -> None:
     logging.disable()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        train(folder / "sampled", sampled(0), "epoch=0.ckpt", method=LoRA(r=2, dropout=0.5), max_epochs=2)
+        written = folder / called("sampled", 0.5, True, "32-true")
+        train(written, sampled(0, shuffle=True), "epoch=0.ckpt", method=LoRA(r=2, dropout=0.5), max_epochs=2)
     (folder / "alone.json").write_text(json.dumps([str(one.message) for one in said]))
 
 

@@ -46,10 +46,10 @@ from lightning_lora import (
     sites,
     use,
 )
+from lightning_lora import adapter as adapter_module
 from lightning_lora.adapter import Adapter
 from lightning_lora.files import AdapterError, read_tensors
 from lightning_lora.layout import Layout
-from lightning_lora.methods import dora
 
 NESTED_TENSORS_ARE_A_PROTOTYPE = "ignore:The PyTorch API of nested tensors:UserWarning"
 pytestmark = pytest.mark.filterwarnings(NESTED_TENSORS_ARE_A_PROTOTYPE)
@@ -493,7 +493,7 @@ def test_no_more_than_a_block_of_the_sum_exists_at_a_time(
     adapter, weight = one(layout, shape), weight_of(shape)
     whole = adapter.norm(weight)
     assert close(whole.flatten(), layout.per_unit(norm(weight + 1.5 * adapter.lora_B @ adapter.lora_A)))
-    monkeypatch.setattr(dora, "BLOCK_ON_CPU", weight.numel() // 7)
+    monkeypatch.setattr(adapter_module, "BLOCK_ON_CPU", weight.numel() // 7)
     with torch.no_grad(), Largest() as largest:
         in_blocks = adapter.norm(weight)
     assert close(in_blocks, whole)

@@ -145,6 +145,15 @@ def forked(act: Callable[[], object]) -> str:
     return text
 
 
+def started(act: Callable[..., object], *args: object) -> Any:
+    """Fork a process that runs a function; not from a thread, which could be forked while another holds a lock."""
+    process = get_context("fork").Process(target=act, args=args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forks beside threads: nothing here waits for one
+        process.start()
+    return process
+
+
 @contextmanager
 def stopped_after(seconds: int) -> Iterator[None]:
     """Fail what does not end: seconds are for a machine that is busy, and what is meant would take years."""
@@ -1059,11 +1068,7 @@ def test_f10_a_reader_meets_only_whole_folders_of_two_writers(tmp_path: Path) ->
             write_file(tmp_path / "a.ckpt", lambda file: torch.save({"x": torch.zeros(2**16)}, file))
 
     reads = 0
-    writers = [get_context("fork").Process(target=write) for _ in range(2)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forks beside threads: nothing here waits for one
-        for writer in writers:
-            writer.start()  # here and not in a thread, which could be forked while this one holds a lock
+    writers = [started(write) for _ in range(2)]
     while any(writer.is_alive() for writer in writers):
         load_adapter(model := Whole(), tmp_path / "adapter")
         held = [p for p in model.parameters() if p.requires_grad]
@@ -1084,10 +1089,7 @@ def test_f11_the_system_is_told_to_sync_before_and_after_the_rename(tmp_path: Pa
         for content in (b"old", b"new"):
             write_folder(tmp_path / "folder", {"a": content})
 
-    writer = get_context("fork").Process(target=write)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forks beside threads: nothing here waits for one
-        writer.start()
+    writer = started(write)
     calls = "trace=fsync,rename,renameat,renameat2"
     command = ["strace", "-y", "-e", calls, "-o", tmp_path / "trace", "-p", str(writer.pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as trace:
@@ -1142,12 +1144,7 @@ def test_f19_threads_and_processes_that_load_together_get_the_same(folder: Path,
         file.write_text(json.dumps(model(x).flatten().tolist()))
 
     found_by = [tmp_path / f"{i}.json" for i in range(8)]
-    readers = [get_context("fork").Process(target=read, args=(file,)) for file in found_by]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forks beside threads: nothing here waits for one
-        for reader in readers:
-            reader.start()
-    for reader in readers:
+    for reader in [started(read, file) for file in found_by]:
         reader.join(60)
     assert [json.loads(file.read_text()) for file in found_by] == [expected.flatten().tolist()] * 8
 

@@ -12,10 +12,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Lit, loader
-from test_functional import Launches
+from conftest import Lit, assert_same_bits, loader
+from test_functional import costs
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrizations
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -84,11 +83,6 @@ def results(model: nn.Module, dtype: torch.dtype, rows: int = 48) -> dict[str, T
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {"logits": logits.detach(), "offset": offset.grad, **gradients}
-
-
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # The same bits
@@ -253,24 +247,6 @@ def test_parameters_stay_the_same_objects_and_a_second_call_changes_nothing() ->
 # What a step costs
 
 
-def costs(model: nn.Module, x: Tensor) -> tuple[int, int, int]:
-    """Kernels forward, kernels backward, bytes kept beside parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autocast("cpu", BF16), saved_tensors_hooks(pack, lambda t: t), Launches() as ahead:
-        output = model(x)
-    gradient = torch.ones_like(output)
-    with Launches() as back:
-        output.backward(gradient)
-    return len(ahead.names), len(back.names), sum(kept.values())
-
-
 IN, OUT, R = 20, 12, 4
 COSTS = [  # rows, adapted: launches forward and backward, bytes kept, each with the weight in fp32 and in bf16
     (1024, True, (7, 11, 2 * 1024 * (IN + R)), (6, 10, 2 * 1024 * (IN + R))),
@@ -286,7 +262,7 @@ def test_no_step_casts_or_keeps_a_frozen_weight(
         model = nn.ModuleDict({"one": nn.Linear(IN, OUT, bias=False), "two": nn.Linear(IN, OUT, bias=False)})
         inject(model, LoRA(r=R), ["one"], frozen_dtype=dtype)
         x = torch.randn(rows, IN).requires_grad_()
-        assert costs(model["one" if has_adapter else "two"], x) == expected
+        assert costs(model["one" if has_adapter else "two"], x, amp=True) == expected
 
 
 def test_a_weight_takes_half_the_memory() -> None:

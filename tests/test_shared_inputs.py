@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_same_bits
 from test_functional import Launches
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -72,11 +73,6 @@ def results(model: Callable[[Tensor], Tensor], named: nn.Module, dtype: torch.dt
     found = {name: p.grad for name, p in named.named_parameters() if p.grad is not None}
     named.zero_grad()
     return {"output": output.detach(), "x": x.grad, **found}
-
-
-def assert_same_bits(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 class Casts(Launches):

@@ -74,9 +74,9 @@ class AdaptedLinear(Called):
         if weight is not None and linear_fuses(x, weight, bias) and (bias is not None or self.bias is None):
             output: Tensor = adapter(_with_base, x, weight, bias)
         elif adapter.needs_weight:
-            output = super().forward(x)
+            output = super().forward(*args, **kwargs)
         else:
-            output = adapter(_added, self, super(Called, self).forward(x), x)
+            output = adapter(_added, self, super(Called, self).forward(*args, **kwargs), x)
         return output
 
     @staticmethod

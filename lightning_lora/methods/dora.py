@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora.adapter import BLOCK, BLOCK_ON_CPU, Adapter, Role
+from lightning_lora.adapter import Adapter, Role, rows_at_a_time
 from lightning_lora.layout import Layout
 from lightning_lora.methods.lora import LoRA, LoRAAdapter
 
@@ -147,8 +147,7 @@ class WithMagnitude(Adapter):
             weight, up, down = weight.mT, down.mT, up.mT
         wide = torch.promote_types(torch.promote_types(weight.dtype, up.dtype), torch.float32)
         widest = wide if weight.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-        block = BLOCK_ON_CPU if weight.device.type == "cpu" else BLOCK
-        rows = max(1, block * weight.shape[-2] // max(1, weight.numel()))
+        rows = rows_at_a_time(weight)
         with torch.autocast(weight.device.type, enabled=False):
             up, down = self.scaling * up.to(wide), down.to(wide)
             norms = [

@@ -21,8 +21,7 @@ from typing_extensions import override
 from lightning_lora.checkpoints import AdapterCheckpointIO
 from lightning_lora.files import SECTION
 from lightning_lora.fingerprint import note_base_weights
-from lightning_lora.full_fingerprint import check_frozen_digests
-from lightning_lora.loading import check_base
+from lightning_lora.loading import check_described_base
 from lightning_lora.sharding import is_sharded, spread, whole
 from lightning_lora.sites import clean, sites
 from lightning_lora.state import own_state_dict
@@ -75,10 +74,9 @@ class ReplicatesAdapters(Strategy):
             (path, checkpoint), self._unfinished = self._unfinished, None
             io = self.checkpoint_io
             if isinstance(io, AdapterCheckpointIO) and not io.allow_base_mismatch:
-                described = checkpoint[SECTION]["sites"]
-                found = [site for site in sites(self._module) if site.name in described]
-                check_base(path, found, [described[site.name].get("base") for site in found])
-                check_frozen_digests(path, self._module, "", checkpoint[SECTION].get("weights", {}))
+                described = checkpoint[SECTION]
+                found = [site for site in sites(self._module) if site.name in described["sites"]]
+                check_described_base(path, self._module, found, described)
             _assign(self._module, checkpoint["state_dict"])
 
     def clip_here(self) -> None:
