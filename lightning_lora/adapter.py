@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Role = Literal["A", "B", "magnitude", "scale", "core"]
 T = TypeVar("T")
-BLOCK_ON_CPU, BLOCK = 2**17, 2**24  # numbers of entries of a matrix that are computed at a time
+BLOCK_ON_CPU, BLOCK = 2**16, 2**24  # numbers of entries of a matrix that are computed at a time
 SHARED = "shared."  # what the names of tensors that adapters have in common begin with in a state dict
 
 

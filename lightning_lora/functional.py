@@ -20,6 +20,7 @@ _FUSED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ORDINARY = (Tensor, nn.Parameter)  # no subclasses, which have rules of their own
 _FEWEST_ROWS = 64  # below, a node that Python differentiates costs more than it saves
 _FEWEST_ROWS_FOR_CASTS = 1024  # below, casting a weight in both passes costs more than it saves
+_FEWEST_ROWS_TO_TURN = 512  # below, turning a small matrix round costs more than it saves
 
 
 def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
@@ -265,10 +266,12 @@ class _Gain(torch.autograd.Function):
         over = tuple(range(grad.dim() - 1))
         grad_excess = grad_bias = None
         summed = None if bias is None else grad.sum(over, dtype=excess.dtype)
-        if ctx.needs_input_grad[1]:  # in half precision a product may round and a sum may not
-            grad_excess = (grad * output).sum(over, dtype=excess.dtype)
-            if bias is not None:
-                grad_excess = grad_excess - bias * summed
+        if ctx.needs_input_grad[1]:
+            product = grad * output
+            if bias is None:
+                grad_excess = _summed(product, excess.dtype)
+            else:  # what is left of two sums may be far smaller than they are, so they are not rounded
+                grad_excess = product.sum(over, dtype=excess.dtype) - bias * summed
         if ctx.needs_input_grad[2]:
             grad_bias = (-excess * summed).to(bias.dtype)
         return torch.addcmul(grad, grad, _cast(excess, grad)), grad_excess, grad_bias
@@ -284,9 +287,9 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
     if grad is not None:
         rows = grad.reshape(-1, grad.shape[-1])
         if for_bias:
-            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+            grad_bias = _summed(rows, ctx.bias_dtype)
         if for_up:
-            grad_up = _product(rows.t(), z, ctx.scaling).to(ctx.factor_dtypes[0])
+            grad_up = _crossed(rows, z, ctx.scaling, ctx.factor_dtypes[0])
         if for_x or for_down:
             u = _product(rows, _cast(up, rows), ctx.scaling)
             if grad_z is not None:
@@ -304,11 +307,36 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
         grad_x = grad_x.view(ctx.shape)
     if u is not None and for_down:
         rows = x.reshape(-1, x.shape[-1])
-        grad_down = u.t().mm(rows) if mask is None else _product(u.t(), rows * mask, kept)
-        grad_down = grad_down.to(ctx.factor_dtypes[1])
+        rows, scaling = (rows, 1.0) if mask is None else (rows * mask, kept)
+        grad_down = _crossed(u, rows, scaling, ctx.factor_dtypes[1])
     return grad_x, grad if for_base else None, None, grad_bias, grad_up, grad_down, None, None
+
+
+def _crossed(one: Tensor, other: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return ``scaling * one.T @ other``, of two matrices with as many rows."""
+    if one.is_cpu and one.itemsize == 2 and len(one) >= _FEWEST_ROWS_TO_TURN:  # a turned matrix is read slowly there
+        if one.shape[1] <= other.shape[1]:
+            product = _product(one.t().contiguous(), other, scaling)
+        else:
+            product = _product(other.t().contiguous(), one, scaling).t()
+    else:
+        product = _product(one.t(), other, scaling)
+    return product.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _product(one: Tensor, other: Tensor, scaling: float) -> Tensor:
     """Return ``scaling * one @ other`` in one launch; what lay in the memory before is not read."""
+    if scaling == 1:
+        return one.mm(other)
     return one.new_empty(one.shape[0], other.shape[1]).addmm_(one, other, beta=0, alpha=scaling)
+
+
+def _summed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over all dimensions but the last one, added up in fp32 or wider; on a CPU rounded to bf16 then.
+
+    There PyTorch would copy all values first to return another dtype than theirs.
+    """
+    over = tuple(range(tensor.dim() - 1))
+    if tensor.is_cpu and tensor.dtype == torch.bfloat16:
+        return tensor.sum(over).to(dtype)
+    return tensor.sum(over, dtype=dtype)

@@ -67,11 +67,11 @@ def added(base: str, method: str, dtype: torch.dtype) -> Count:
     return Count(*(adapted - floor for adapted, floor in both))
 
 
-AT_MOST = {
+AT_MOST = {  # DoRA over bf16: a cast more where there is no bias, as a sum in bf16 costs a CPU a third of one in fp32
     ("Llama", "LoRA", torch.float32): Count(14, 42, 35_840, 562_688),
     ("Llama", "LoRA", torch.bfloat16): Count(28, 70, 17_920, 325_888),
     ("Llama", "DoRA", torch.float32): Count(98, 84, 95_200, 1_329_716),
-    ("Llama", "DoRA", torch.bfloat16): Count(119, 119, 48_608, 792_628),
+    ("Llama", "DoRA", torch.bfloat16): Count(119, 126, 48_608, 793_524),
     ("Llama", "LoRA-FA", torch.float32): Count(14, 28, 7_168, 478_720),
     ("Llama", "LoRA-FA", torch.bfloat16): Count(28, 49, 3_584, 272_384),
     ("Llama", "AdaLoRA", torch.float32): Count(21, 70, 39_680, 594_080),
@@ -91,7 +91,7 @@ AT_MOST = {
     ("encoder", "LoRA", torch.float32): Count(11, 24, 34_816, 634_880),
     ("encoder", "LoRA", torch.bfloat16): Count(17, 34, 17_408, 480_256),
     ("encoder", "DoRA", torch.float32): Count(61, 54, 94_752, 1_600_208),
-    ("encoder", "DoRA", torch.bfloat16): Count(69, 66, 56_864, 1_154_448),
+    ("encoder", "DoRA", torch.bfloat16): Count(69, 70, 56_864, 1_155_728),
     ("encoder", "LoRA-FA", torch.float32): Count(11, 16, 26_624, 559_104),
     ("encoder", "LoRA-FA", torch.bfloat16): Count(17, 24, 13_312, 423_424),
     ("encoder", "AdaLoRA", torch.float32): Count(15, 40, 38_400, 663_936),
