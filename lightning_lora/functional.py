@@ -19,8 +19,8 @@ _FUSED_ON = ("cpu", "cuda", "xpu", "mps")
 _FUSED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ORDINARY = (Tensor, nn.Parameter)  # no subclasses, which have rules of their own
 _FEWEST_ROWS = 64  # below, a node that Python differentiates costs more than it saves
-_FEWEST_ROWS_FOR_CASTS = 1024  # below, casting a weight in both passes costs more than it saves
-_FEWEST_ROWS_TO_TURN = 512  # below, turning a small matrix round costs more than it saves
+_MANY_ROWS = 1024  # the same where the weight is cast in both passes, and for half precision on a CPU
+_FEWEST_ROWS_IN_HALF = 128  # below, a CPU computes small products in half precision slower than in full
 
 
 def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
@@ -36,8 +36,8 @@ def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float
         down: (r, in).
         scaling: The factor on the low-rank term.
     """
-    few = x.dtype != down.dtype and x.is_cpu and x.numel() < _FEWEST_ROWS * down.shape[-1]
-    if few and not torch.compiler.is_compiling():
+    few = x.dtype != down.dtype and x.is_cpu and x.numel() < _FEWEST_ROWS_IN_HALF * down.shape[-1]
+    if few and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         x = x.to(torch.promote_types(x.dtype, down.dtype))
     z = F.linear(x, _cast(down, x))
     return torch.add(y, _cast(F.linear(z, _cast(up, z)), y), alpha=scaling)
@@ -111,7 +111,7 @@ def step_fuses(y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> bool:
 
     It cannot where something has to see every operation (torch.compile, export, tracing, torch.func, forward-mode
     differentiation), nor for tensors with rules of their own (distributed, packed or traced ones), and it is not for
-    few rows, where the plain form is faster.
+    few rows.
 
     Args:
         y: The base layer's output.
@@ -119,7 +119,7 @@ def step_fuses(y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> bool:
         up: (out, r).
         down: (r, in).
     """
-    if x.numel() < _FEWEST_ROWS * down.shape[-1]:
+    if x.numel() < (_MANY_ROWS if _slow_in_half(x) else _FEWEST_ROWS) * down.shape[-1]:
         return False
     return _eager(x, y, up, down) and x.dtype == y.dtype == computed_in(x) and x.shape[:-1] == y.shape[:-1]
 
@@ -145,8 +145,14 @@ def linear_fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         cast = weight.dtype != torch.get_autocast_dtype(x.device.type)
         wide = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves as it is
-        return not wide and not (cast and rows < _FEWEST_ROWS_FOR_CASTS)
+        return not wide and not ((cast or x.is_cpu) and rows < _MANY_ROWS)
+    if _slow_in_half(x) and rows < _MANY_ROWS:
+        return False
     return x.dtype == weight.dtype and (bias is None or x.dtype == bias.dtype)
+
+
+def _slow_in_half(x: Tensor) -> bool:
+    return x.is_cpu and computed_in(x).itemsize == 2
 
 
 def computed_in(x: Tensor) -> torch.dtype:
@@ -314,7 +320,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
 
 def _crossed(one: Tensor, other: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return ``scaling * one.T @ other``, of two matrices with as many rows."""
-    if one.is_cpu and one.itemsize == 2 and len(one) >= _FEWEST_ROWS_TO_TURN:  # a turned matrix is read slowly there
+    if one.is_cpu and one.itemsize == 2:  # a turned matrix is read slowly there
         if one.shape[1] <= other.shape[1]:
             product = _product(one.t().contiguous(), other, scaling)
         else:

@@ -103,7 +103,7 @@ def test_at_any_size_the_bits_are_those_of_the_same_form(
 ) -> None:
     for least in (0, math.inf):
         monkeypatch.setattr(functional, "_FEWEST_ROWS", least)
-        monkeypatch.setattr(functional, "_FEWEST_ROWS_FOR_CASTS", least)
+        monkeypatch.setattr(functional, "_MANY_ROWS", least)
         stored, full = (adapted(Block(), LORA, chosen) for chosen in (BF16, None))
         assert_same_bits(results(stored, BF16, 300), results(full, BF16, 300))
 

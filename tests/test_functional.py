@@ -156,12 +156,8 @@ def test_where_the_change_is_zero_the_output_is_the_layers_bit_for_bit(dtype: to
     assert torch.equal(with_gain(output, torch.zeros(OUT), given["bias"]), expected)
 
 
-@pytest.mark.parametrize("fewest", [0, math.inf], ids=["turned", "as they lie"])
 @pytest.mark.parametrize("dtype", HALF)
-def test_in_half_precision_everything_is_as_near_to_the_exact_value_as_the_plain_form_is(
-    dtype: torch.dtype, fewest: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(functional, "_FEWEST_ROWS_TO_TURN", fewest)
+def test_in_half_precision_everything_is_as_near_to_the_exact_value_as_the_plain_form_is(dtype: torch.dtype) -> None:
     exact = trained(tensors((N,)), "x", "up", "down")
     narrow = {name: t.detach().to(dtype) for name, t in exact.items()}
     exact = trained({name: t.double() for name, t in narrow.items()}, "x", "up", "down")  # what is given has no error
@@ -235,7 +231,7 @@ def test_memory_that_was_never_written_is_not_read() -> None:
 @pytest.fixture
 def form(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def take(name: str) -> None:
-        for least in ("_FEWEST_ROWS", "_FEWEST_ROWS_FOR_CASTS"):
+        for least in ("_FEWEST_ROWS", "_MANY_ROWS"):
             monkeypatch.setattr(functional, least, {"fused": 0, "plain": math.inf}[name])
 
     return take
@@ -334,6 +330,15 @@ def test_many_rows_take_the_fused_form_and_a_few_the_plain_one() -> None:
     assert FUSED not in nodes(model(draw(63, IN)))
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_in_half_precision_a_cpu_takes_the_fused_form_for_more_rows(amp: bool) -> None:
+    model = adapted(LoRA(r=2), dtype=torch.float32 if amp else torch.bfloat16)
+    x = draw(1024, IN, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        assert FUSED in nodes(model(x))
+        assert FUSED not in nodes(model(x[:1023]))
+
+
 @pytest.mark.parametrize("method", [LoRA(r=2), LoRAFA(r=2)])
 def test_without_gradients_the_same_bits_come_out(method: Method) -> None:
     model, x = adapted(method, dtype=torch.float32), draw(N, IN, dtype=torch.float32)
@@ -410,20 +415,22 @@ def x_and(z: int, mask: bool = False, output: bool = False, derived: int = 0) ->
 W32, AMP, AMP_HALF, W16 = "fp32", "autocast", "autocast of half precision", "bf16 base, fp32 adapter"
 LORA, FA, DROPS = LoRA(r=R), LoRAFA(r=R), LoRA(r=R, dropout=0.1)
 ADALORA = known_methods()["AdaLoRA"]().at(R, 1.0)
-COSTS = [  # of one layer without bias: launches forward, backward, and what is kept
+# Of one layer without bias: launches forward, backward, and what is kept. In half precision one or two of the launches
+# turn a small matrix, which is done on a CPU only.
+COSTS = [
     (W32, LORA, 3, 5, x_and(R)),
-    (AMP, LORA, 7, 11, x_and(R)),
-    (AMP_HALF, LORA, 6, 10, x_and(R)),
-    (W16, LORA, 5, 9, x_and(R)),
+    (AMP, LORA, 7, 13, x_and(R)),
+    (AMP_HALF, LORA, 6, 12, x_and(R)),
+    (W16, LORA, 5, 11, x_and(R)),
     (W32, FA, 3, 4, lambda size: size * N * R),
-    (W16, FA, 5, 7, lambda size: size * N * R),
+    (W16, FA, 5, 8, lambda size: size * N * R),
     (W32, DROPS, 4, 7, x_and(R, mask=True)),
-    (AMP_HALF, DROPS, 7, 12, x_and(R, mask=True)),
-    (W16, DROPS, 6, 11, x_and(R, mask=True)),
+    (AMP_HALF, DROPS, 7, 14, x_and(R, mask=True)),
+    (W16, DROPS, 6, 13, x_and(R, mask=True)),
     (W32, ADALORA, 4, 8, x_and(R, derived=R * IN)),
-    (W16, ADALORA, 6, 11, x_and(R, derived=R * IN)),
+    (W16, ADALORA, 6, 13, x_and(R, derived=R * IN)),
     (W32, VeRA(r=R), 5, 9, lambda size: size * (N * R + OUT * R)),
-    (W16, VeRA(r=R), 7, 11, lambda size: size * (N * R + OUT * R)),
+    (W16, VeRA(r=R), 7, 12, lambda size: size * (N * R + OUT * R)),
 ]
 
 
@@ -442,8 +449,11 @@ def test_a_layer_launches_and_keeps_exactly_this(
     assert costs(model, x, regime in (AMP, AMP_HALF)) == (ahead, back, kept(4 if regime == W32 else 2))
 
 
-@pytest.mark.parametrize(("dtype", "ahead", "back"), [(torch.float32, 15, 10), (torch.bfloat16, 18, 16)])
-def test_dora_launches_and_keeps_exactly_this(dtype: torch.dtype, ahead: int, back: int) -> None:
+@pytest.mark.parametrize(("dtype", "ahead", "back"), [(torch.float32, 15, 10), (torch.bfloat16, 18, 18)])
+def test_dora_launches_and_keeps_exactly_this(
+    dtype: torch.dtype, ahead: int, back: int, form: Callable[[str], None]
+) -> None:
+    form("fused")
     model = adapted(known_methods()["DoRA"]().at(R, 1.0), LAYERS["linear without bias"], dtype)
     x = draw(N, IN, dtype=dtype).requires_grad_()
     per_unit = 3 * 4 * OUT + OUT  # the norm, the gain, and where they are not 0

@@ -29,7 +29,7 @@ LORA = LoRA(r=R)
 @pytest.fixture(autouse=True)
 def _fused_at_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(functional, "_FEWEST_ROWS", 0)
-    monkeypatch.setattr(functional, "_FEWEST_ROWS_FOR_CASTS", 0)
+    monkeypatch.setattr(functional, "_MANY_ROWS", 0)
     yield
     shared_casts._thread.last.cast = None
 
