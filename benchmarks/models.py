@@ -89,7 +89,8 @@ def page(record: dict[str, Any], asked_for: int) -> str:
 LoRA on all layers of {LAYERS} blocks of width {HIDDEN} (convolutions: 64 channels). One axis is varied at a time
 around a centre of rank 16 and 2 x 256 tokens; the columns are those of [step.md](step.md), and counts stand as floor /
 PEFT / ours. Pixels and patches count as tokens. `python benchmarks/models.py` writes this page; {measured} of
-{asked_for} cases are on it{", and `--resume` goes on" * (measured < asked_for)}.
+{asked_for} cases are on it{", and `--resume` goes on" * (measured < asked_for)}. In half precision the floor of
+`nn.TransformerEncoder` is slow because PyTorch's backward copies a frozen matrix for each example there.
 
 {chr(10).join(parts)}
 ## Linear layers of other libraries
