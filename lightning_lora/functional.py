@@ -39,8 +39,8 @@ def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float
     few = x.dtype != down.dtype and x.is_cpu and x.numel() < _FEWEST_ROWS_IN_HALF * down.shape[-1]
     if few and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         x = x.to(torch.promote_types(x.dtype, down.dtype))
-    z = F.linear(x, _cast(down, x))
-    return torch.add(y, _cast(F.linear(z, _cast(up, z)), y), alpha=scaling)
+    z = scaling * F.linear(x, _cast(down, x))  # not `torch.add(alpha=)`, which inductor drops before a product
+    return y + _cast(F.linear(z, _cast(up, z)), y)
 
 
 def fused_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:

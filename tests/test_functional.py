@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -736,6 +737,33 @@ def test_tensors_with_rules_of_their_own_take_the_plain_form() -> None:
     model, x = adapted(LoRA(r=2)), draw(N, IN)
     assert FUSED not in nodes(model(x.as_subclass(Tagged)))
     torch.testing.assert_close(model(x.as_subclass(Tagged)).as_subclass(Tensor), model(x), rtol=0, atol=1e-12)
+
+
+LOOKS_UP = "embedding"
+COMPILED = [("linear", name) for name in ("LoRA", "DoRA", "VeRA", "AdaLoRA")] + [(LOOKS_UP, "LoRA")]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+@pytest.mark.parametrize(("layer", "method"), COMPILED)
+def test_what_inductor_compiles_computes_the_same(layer: str, method: str, shape: tuple[int, ...]) -> None:
+    looks_up = layer == LOOKS_UP
+    model = adapted(
+        METHODS[method],
+        (lambda: nn.Embedding(IN, OUT)) if looks_up else LAYERS[layer],
+        torch.float32,
+        target_modules=["0"],
+    )
+    x = torch.arange(6).view(shape) if looks_up else draw(*shape, IN, dtype=torch.float32)
+    torch._dynamo.reset()
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        output = run(x)
+        ours = [p for p in model.parameters() if p.requires_grad]
+        results.append([output.detach(), *torch.autograd.grad(output.square().sum(), ours)])
+    for found, right in zip(*reversed(results), strict=True):
+        assert (found - right).norm() <= 1e-5 * right.norm()
 
 
 @pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN), (IN,)])

@@ -405,7 +405,7 @@ def launches_trained(model: nn.Module, x: Tensor) -> list[str]:
         (["t0", "t0", "t1", "t1"], 2, ["addmm", "bmm", "baddbmm"]),
         (["t0", "t1", "t0", "t1"], 8, ["addmm", "index_select", "index_select", "bmm", "baddbmm"]),
         (["t0", "t1", "t0", "t1"], 2, ["addmm", "index_select", "bmm", "bmm", "index_select", "add"]),
-        (["t0"] * 4, 2, ["addmm", "mm", "mm", "add"]),
+        (["t0"] * 4, 2, ["addmm", "mm", "mul", "mm", "add"]),
         ([None] * 4, 2, ["addmm"]),
     ],
 )

@@ -41,8 +41,8 @@ class AdaptedConvolution(Called):
     def step(layer: Any, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
         """Return the output plus the convolution with A and the 1x1 convolution with B."""
         z = layer._conv_forward(x, down.reshape(-1, *layer.weight.shape[1:]).to(x.dtype), None)
-        change = _pointwise(z, up.reshape(-1, up.shape[-1]), layer)
-        return torch.add(output, change.to(output.dtype), alpha=scaling)
+        change = _pointwise(scaling * z, up.reshape(-1, up.shape[-1]), layer)
+        return output + change.to(output.dtype)
 
     @staticmethod
     def product(layer: Any, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
@@ -74,8 +74,9 @@ class AdaptedConvTranspose(Called):
     def step(layer: Any, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
         """Return the output plus the 1x1 convolution with A and the transposed convolution with B."""
         z = _pointwise(x, down.reshape(-1, down.shape[-1]), layer)
-        change = AdaptedConvTranspose.product(layer, z, up.mT.reshape(-1, *layer.weight.shape[1:]), output.shape)
-        return torch.add(output, change.to(output.dtype), alpha=scaling)
+        kernel = up.mT.reshape(-1, *layer.weight.shape[1:])
+        change = AdaptedConvTranspose.product(layer, scaling * z, kernel, output.shape)
+        return output + change.to(output.dtype)
 
     @staticmethod
     def product(layer: Any, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:

@@ -33,8 +33,8 @@ class AdaptedEmbedding(Called):
 
         Gradients of the factors are dense even where the layer's own would be sparse, so that any optimizer takes them.
         """
-        z = AdaptedEmbedding.product(layer, x, up, output.shape).to(output.dtype)
-        return torch.add(output, (z @ down.to(z.dtype)).to(output.dtype), alpha=scaling)
+        z = scaling * AdaptedEmbedding.product(layer, x, up, output.shape).to(output.dtype)
+        return output + (z @ down.to(z.dtype)).to(output.dtype)
 
     @staticmethod
     def product(layer: nn.Module, x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
