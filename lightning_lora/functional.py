@@ -136,7 +136,7 @@ def linear_fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     rows = x.numel() // max(1, weight.shape[-1])
     if (
-        rows < _FEWEST_ROWS
+        rows < (_MANY_ROWS if _slow_in_half(x) else _FEWEST_ROWS)
         or not _eager(x, weight)
         or weight.requires_grad
         or (bias is not None and not are_ordinary(bias))
@@ -145,9 +145,7 @@ def linear_fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         cast = weight.dtype != torch.get_autocast_dtype(x.device.type)
         wide = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves as it is
-        return not wide and not ((cast or x.is_cpu) and rows < _MANY_ROWS)
-    if _slow_in_half(x) and rows < _MANY_ROWS:
-        return False
+        return not wide and not (cast and rows < _MANY_ROWS)
     return x.dtype == weight.dtype and (bias is None or x.dtype == bias.dtype)
 
 

@@ -154,18 +154,13 @@ def placed(rank: int, shuffle: bool) -> Any:
 
 
 LOADERS = {"sampled": (sampled, ["epoch=0.ckpt"]), "placed": (placed, ["step=3.ckpt", "step=6.ckpt"])}
-RUNS = [
-    (name, dropout, shuffle, precision)
+RUNS = {
+    f"{name}-{dropout}-{shuffle}-{precision}": (name, dropout, shuffle, precision)
     for name in LOADERS
     for dropout in (0.0, 0.5)
     for shuffle in (False, True)
     for precision in ("32-true", "bf16-mixed")
-]
-
-
-def called(name: str, dropout: float, shuffle: bool, precision: str) -> str:
-    """Return the name of a run's folder."""
-    return f"{name}-{dropout}-{shuffle}-{precision}"
+}
 
 
 def job(rank: int, folder: Path) -> None:
@@ -175,18 +170,17 @@ def job(rank: int, folder: Path) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers|Checkpoint directory")
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`|.*treespec, LeafSpec")
     found: dict[str, Any] = {}
-    for run in RUNS:
-        name, dropout, shuffle, precision = run
+    for run, (name, dropout, shuffle, precision) in RUNS.items():
         batches, checkpoints = LOADERS[name]
         options = {"use_distributed_sampler": batches is sampled, "method": LoRA(r=2, dropout=dropout)}
         options |= {"seed_by": rank, "precision": precision, "max_epochs": 2}
         os.environ |= {"PL_GLOBAL_SEED": "3"} if batches is sampled else {}
-        whole = train(folder / called(*run), batches(rank, shuffle), **options)
+        whole = train(folder / run, batches(rank, shuffle), **options)
         os.environ |= {"PL_GLOBAL_SEED": "4"} if batches is sampled else {}
-        found[called(*run)] = {"own numbers": whole.drawn}
+        found[run] = {"own numbers": whole.drawn}
         for one in checkpoints:
-            resumed = train(folder / called(*run), batches(rank, shuffle), one, **options)
-            found[called(*run)][one] = same(resumed, whole)
+            resumed = train(folder / run, batches(rank, shuffle), one, **options)
+            found[run][one] = same(resumed, whole)
         os.environ.pop("PL_GLOBAL_SEED", None)  # by which Lightning gives all processes the same numbers
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
@@ -196,7 +190,7 @@ def alone(rank: int, folder: Path) -> None:
     logging.disable()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        written = folder / called("sampled", 0.5, True, "32-true")
+        written = folder / "sampled-0.5-True-32-true"
         train(written, sampled(0, shuffle=True), "epoch=0.ckpt", method=LoRA(r=2, dropout=0.5), max_epochs=2)
     (folder / "alone.json").write_text(json.dumps([str(one.message) for one in said]))
 

@@ -15,7 +15,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from conftest import Lit, loader, run_processes
-from exact_resumes import BATCHES, LOADERS, RUNS, Noisy, Placed, called, same, train
+from exact_resumes import BATCHES, LOADERS, RUNS, Noisy, Placed, same, train
 from ranks import Resumable
 from test_preemption import Told
 from torch.utils.data import DataLoader, IterableDataset
@@ -231,12 +231,13 @@ def test_a_validation_that_lightning_leaves_out_is_said(moment: str, tmp_path: P
         train(tmp_path, Placed(DATA, True), moment, **options)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: called(*run))
-def test_two_processes_go_on_each_with_its_own_numbers(run: tuple[Any, ...], processes: Path) -> None:
-    both = [json.loads((processes / f"{rank}.json").read_text())[called(*run)] for rank in range(2)]
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_go_on_each_with_its_own_numbers(run: str, processes: Path) -> None:
+    both = [json.loads((processes / f"{rank}.json").read_text())[run] for rank in range(2)]
     first, second = (one.pop("own numbers") for one in both)
-    assert (first == second) is (run[0] == "sampled")  # where a global seed was set
-    _, checkpoints = LOADERS[run[0]]
+    loader_name = RUNS[run][0]
+    assert (first == second) is (loader_name == "sampled")  # where a global seed was set
+    _, checkpoints = LOADERS[loader_name]
     assert both == [dict.fromkeys(checkpoints, EXACT)] * 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,10 +21,15 @@ ROWS, WIDTH = 2048, 64  # enough for the fused form in every precision
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 
 
-def adapted(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return two linear layers with trained adapters, put in on the CPU and moved."""
+def base() -> nn.Module:
+    """Return two linear layers, the same at every call."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).to(dtype)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+
+def adapted(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return the base with trained adapters, put in on the CPU and moved."""
+    model = base().to(dtype)
     inject(model, known_methods()[name](r=4))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,7 +82,7 @@ def test_a_step_waits_for_nothing(name: str, amp: bool, syncs_forbidden: Callabl
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_in_a_cuda_graph_is_the_eager_step(name: str) -> None:
     batches = [batch() for _ in range(6)]
-    eager, captured = (copy.deepcopy(adapted(name)).train() for _ in range(2))
+    eager, captured = (adapted(name).train() for _ in range(2))
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (eager, captured)]
     given = batches[0].clone()
 
@@ -107,8 +111,7 @@ def test_a_step_in_a_cuda_graph_is_the_eager_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_model_that_is_moved_after_injection_starts_as_the_base_bit_for_bit(name: str) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    model = base()
     inject(model, known_methods()[name](r=4))
     model, x = model.to(DEVICE), batch()
     with using(model):
@@ -131,9 +134,7 @@ def test_merging_computes_the_same_and_gives_back_every_bit(name: str, dtype: to
 def test_what_is_saved_there_loads_there_and_on_the_cpu(name: str, tmp_path: Path) -> None:
     model, x = adapted(name).eval(), batch()
     save_adapter(model, tmp_path / "adapter")
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).eval()
-    there, here = copy.deepcopy(base).to(DEVICE), base
+    there, here = base().to(DEVICE), base()
     for fresh in (there, here):
         load_adapter(fresh, tmp_path / "adapter")
     assert torch.equal(there.eval()(x), model(x))
@@ -164,8 +165,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(moment: str, tmp_path: Path) -> 
 def test_frozen_weights_in_half_precision_change_no_bit() -> None:
     x, found = batch(), []
     for dtype in (None, torch.bfloat16):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        model = base()
         inject(model, LoRA(r=4), seed=0, frozen_dtype=dtype)
         model.to(DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16):
