@@ -11,7 +11,7 @@ import torch
 
 from bases import llama
 from contenders import ALL16, AMP, METHODS, W16, W32, Case, Contender, compare, ours
-from lightning_lora import DeltaLoRA, Method, sites
+from lightning_lora import DeltaLoRA, DoRA, Method, sites
 from measuring import by_turns, footer, measured_with, options, quartiles, ratio, table, write
 
 LAYERS, HIDDEN, INNER = 2, 512, 1376
@@ -34,6 +34,7 @@ CASES = [  # with the ratio to PEFT's time that is to be met
     (case("DoRA", W32), 0.78),
     (case("DoRA", AMP), 0.56),
     (case("DoRA", W16), 0.55),
+    (case("DoRA", W16, dropout=0.1), 1.0),
     (case("LoRA-FA", W16), 0.75),
     (case("AdaLoRA", W16), 0.68),
     (case("VeRA", W16, VERAS_RANK), 0.86),
@@ -69,6 +70,8 @@ def beside_lora(rounds: int) -> dict[str, Any]:
     """Return our methods' times as ratios to our LoRA's, with a bf16 base and all that a step of each does."""
     methods: dict[str, Method] = {name: METHODS[name].ours(16, 0.0) for name in METHODS if name != "VeRA"}
     methods |= {"VeRA": METHODS["VeRA"].ours(VERAS_RANK, 0.0), "Delta-LoRA": DeltaLoRA(r=16, start_step=-1)}
+    methods |= {f"{name}, dropout 0.1": METHODS[name].ours(16, 0.1) for name in ("LoRA", "DoRA")}
+    methods["DoRA, dropout 0.1 on the branch"] = DoRA(r=16, dropout=0.1, dropout_on="branch")
     torch.manual_seed(1)
     batch = BASE.draw(4, 256)
     contenders = {name: WithSchedule(method, batch, W16) for name, method in methods.items()}

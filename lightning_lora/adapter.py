@@ -30,6 +30,7 @@ class Adapter(nn.Module):
         method: The hyperparameters that it was built from, with the rank and alpha of its own site.
         scaling: The factor on ``up @ down``.
         dropout: Probability with which an element of the adapter's input is zeroed in training mode.
+        dropout_on: Whether that is the input of the whole change or of ``up @ down`` alone: see ``DoRA``.
         roles: What each parameter is, by name; the optimizer groups, and nothing else, look at it.
         low_rank: Whether ``factors`` and ``gain`` say all; if not, the class writes ``adapted``.
         needs_weight: Whether the change depends on the base's weight: there is a ``gain``, or it is not low-rank.
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
     method: Method
     scaling: float = 1.0
     dropout: float = 0.0
+    dropout_on: Literal["change", "branch"] = "change"
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -149,6 +151,10 @@ class Adapter(nn.Module):
     def drops(self) -> float:
         """Return the probability with which an element of the input is zeroed now."""
         return self.dropout if self.training else 0.0
+
+    def drops_for_gain(self) -> bool:
+        """Tell whether the gain's part of the change, ``(gain - 1) * W x``, is of an input with zeroed elements now."""
+        return self.needs_weight and self.dropout_on == "change" and self.drops() > 0
 
     def forward(self, compute: Callable[..., T], *args: object) -> T:
         """Run ``compute(self, *args)`` as this module's forward.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lightning_lora.dropout import dropped, factor
 from lightning_lora.shared_casts import shared_cast
 
 _FUSED_ON = ("cpu", "cuda", "xpu", "mps")
@@ -39,7 +40,9 @@ def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float
     few = x.dtype != down.dtype and x.is_cpu and x.numel() < _FEWEST_ROWS_IN_HALF * down.shape[-1]
     if few and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         x = x.to(torch.promote_types(x.dtype, down.dtype))
-    z = scaling * F.linear(x, _cast(down, x))  # not `torch.add(alpha=)`, which inductor drops before a product
+    z = F.linear(x, _cast(down, x))
+    if scaling != 1:
+        z = scaling * z  # not `torch.add(alpha=)`, which inductor drops before a product
     return y + _cast(F.linear(z, _cast(up, z)), y)
 
 
@@ -208,7 +211,7 @@ def _forward(
         base_rows = base.reshape(flat.shape)
     rows, mask = x.reshape(-1, x.shape[-1]), None
     if dropout:
-        rows, mask = torch.native_dropout(rows, dropout, True)
+        rows, mask = dropped(rows, dropout)
     z = rows.mm(_cast(down, x).t())
     torch.addmm(base_rows, z, _cast(up, x).t(), alpha=scaling, out=flat)
     return output, z, mask
@@ -287,6 +290,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
     for_x, for_base, _, for_bias, for_up, for_down, *_ = ctx.needs_input_grad
     grad_x = grad_bias = grad_up = grad_down = None
     kept = 1 / (1 - ctx.dropout)
+    given = grad if grad is not None else grad_z
+    left = None if mask is None or given is None else factor(mask, given)
     u = grad_z  # the gradient of z, (n, r)
     if grad is not None:
         rows = grad.reshape(-1, grad.shape[-1])
@@ -301,9 +306,11 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
         if weight is not None:
             grad_x = rows.mm(_cast(weight, rows))
     if u is not None and for_x:
-        if mask is not None:
-            term = u.mm(_cast(down, u))
-            grad_x = term.mul_(mask).mul_(kept) if grad_x is None else grad_x.addcmul_(term, mask, value=kept)
+        if left is not None:
+            if grad_x is None:
+                grad_x = u.mm(_cast(down, u)).mul_(left).mul_(kept)
+            else:
+                grad_x.addcmul_(u.mm(_cast(down, u)), left, value=kept)
         elif grad_x is None:
             grad_x = u.mm(_cast(down, u))
         else:
@@ -311,7 +318,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Ten
         grad_x = grad_x.view(ctx.shape)
     if u is not None and for_down:
         rows = x.reshape(-1, x.shape[-1])
-        rows, scaling = (rows, 1.0) if mask is None else (rows * mask, kept)
+        rows, scaling = (rows, 1.0) if left is None else (rows * left, kept)
         grad_down = _crossed(u, rows, scaling, ctx.factor_dtypes[1])
     return grad_x, grad if for_base else None, None, grad_bias, grad_up, grad_down, None, None
 

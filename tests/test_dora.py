@@ -30,6 +30,7 @@ from test_contract import (
 )
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import (
@@ -48,6 +49,7 @@ from lightning_lora import (
 )
 from lightning_lora import adapter as adapter_module
 from lightning_lora.adapter import Adapter
+from lightning_lora.dropout import dropped
 from lightning_lora.files import AdapterError, read_tensors
 from lightning_lora.layout import Layout
 
@@ -291,24 +293,91 @@ DROPPING = ["linear", "linear without bias", "transformers' Conv1D", "convolutio
             "fused linear, two of its parts", "fused Conv1D, two of its parts"]  # fmt: skip
 
 
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Give every adapter that drops the same mask, which is in the list after the first call."""
+    found: list[Tensor] = []
+
+    def dropped(adapter: Adapter, x: Tensor) -> Tensor:
+        if not adapter.drops():
+            return x
+        if not found:
+            found.append(2 * (torch.rand(x.shape, dtype=x.dtype) < 0.5))
+        return x * found[0]
+
+    monkeypatch.setattr(Adapter, "dropped", dropped)
+    return found
+
+
 @pytest.mark.parametrize("kind", DROPPING)
-def test_dropout_acts_on_the_input_of_all_that_is_not_the_base(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_acts_on_the_input_of_all_that_is_not_the_base(kind: str, masks: list[Tensor]) -> None:
     """``y = W x + b + (W' - W) x'``, that is ``W x + b + (c - 1) W x' + c s B A x'`` with the dropped ``x'``."""
     model, plain, changed = adapted(kind, DoRA(r=2, alpha=3, dropout=0.5)), base(kind), base(kind)
     set_adapted_weights(changed, model)
-    mask = {}
-
-    def dropped(adapter: Adapter, x: Tensor) -> Tensor:
-        mask.setdefault("mask", 2 * (torch.rand(x.shape, dtype=x.dtype) < 0.5))
-        return x * mask["mask"]
-
-    monkeypatch.setattr(Adapter, "dropped", dropped)
     outputs = run(model, kind, "training")
     (x,) = KINDS[kind].inputs().values()
-    assert 0 < (mask["mask"] == 0).sum() < x.numel()
-    expected = plain.layer(x) + changed.layer(x * mask["mask"]) - plain.layer(x * mask["mask"])
+    assert 0 < (masks[0] == 0).sum() < x.numel()
+    expected = plain.layer(x) + changed.layer(x * masks[0]) - plain.layer(x * masks[0])
     assert close(outputs, expected)
     assert not close(outputs, changed.layer(x))
+
+
+@torch.no_grad()
+def scale_weights(plain: nn.Module, model: nn.Module) -> None:
+    """Give a plain copy of the base its weights times the gains of the adapters."""
+    for site in sites(model):
+        layout, weight = site.slot.layout, plain.get_parameter(site.name.partition("[")[0])
+        matrix = layout.matrix(weight)
+        weight.copy_(layout.put(weight, site.adapter("default").gain(matrix) * matrix))
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_dropout_on_the_branch_leaves_the_input_of_the_scaled_weight_whole(kind: str, masks: list[Tensor]) -> None:
+    """``y = c W x + b + c s B A x'`` with the dropped ``x'``."""
+    method = DoRA(r=2, alpha=3, dropout=0.5, dropout_on="branch")
+    model, scaled, changed = adapted(kind, method), base(kind), base(kind)
+    set_adapted_weights(changed, model)
+    scale_weights(scaled, model)
+    outputs = run(model, kind, "training")
+    (x,) = KINDS[kind].inputs().values()
+    assert close(outputs, scaled.layer(x) + changed.layer(x * masks[0]) - scaled.layer(x * masks[0]))
+    assert close(run(model, kind, "inference"), changed.layer(x))
+
+
+@pytest.mark.parametrize("dropout_on", ["change", "branch"])
+def test_dropout_acts_alike_behind_another_adapter(dropout_on: Any, masks: list[Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(5, 6, dtype=torch.float64))
+    inject(model, LoRA(r=1), ["0"], task="first")
+    inject(model, DoRA(r=2, dropout=0.5, dropout_on=dropout_on), ["0"], task="second")
+    change(model)
+    use(model, "first", "second")
+    x = torch.randn(3, 5, dtype=torch.float64)
+    outputs, (site,) = model(x), sites(model)
+    weight = site.adapter("first").adapted(model[0].weight)
+    second = site.adapter("second")
+    gain, branch = second.gain(weight), second.delta()
+    on_gain = x if dropout_on == "branch" else x * masks[0]
+    expected = x @ weight.T + on_gain @ ((gain - 1) * weight).T + (x * masks[0]) @ (gain * branch).T + model[0].bias
+    assert close(outputs, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dropout_on_the_branch_multiplies_by_the_weight_once(dtype: torch.dtype) -> None:
+    x = torch.randn(128, 40, dtype=dtype)  # enough rows for the fused form
+    flops, outputs = {}, {}
+    for dropout in (0.0, 0.5):
+        model = nn.Sequential(nn.Linear(40, 48, dtype=dtype))
+        inject(model, DoRA(r=2, dropout=dropout, dropout_on="branch"), ["0"])
+        change(model)
+        torch.manual_seed(0)
+        with FlopCounterMode(display=False) as counted:
+            outputs[dropout] = model(x)
+        flops[dropout] = counted.get_total_flops()
+    assert flops[0.0] == flops[0.5]
+    torch.manual_seed(0)
+    (adapter,), layer = adapters(model).values(), model[0]
+    product = x @ layer.weight.T + dropped(x, 0.5)[0] @ adapter.delta().T
+    torch.testing.assert_close(outputs[0.5], adapter.gain(layer.weight).T * product + layer.bias)
 
 
 # ---- output units that have no direction

@@ -230,6 +230,10 @@ MESSAGES: dict[tuple[str, type[Exception]], dict[str, Callable[[], object]]] = {
         ),
         "the adapters of LoRA share nothing that is drawn again": lambda: LoRA().redrawn({}),
     },
+    ("methods/dora", ValueError): {
+        "dropout_on='base': must be 'change' (all that is not the base, as in the paper) or 'branch' (lora_B @ lora_A "
+        "alone)": lambda: DoRA(dropout_on="base"),  # type: ignore[arg-type]
+    },
     ("methods/dylora", ValueError): {
         "gradient='lora_pro': a step trains a prefix, and this mixes the gradients of all columns: use "
         "gradient='plain'": lambda: DyLoRA(gradient="lora_pro"),

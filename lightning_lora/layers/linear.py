@@ -158,8 +158,8 @@ def _only_adapter(layer: nn.Module) -> Adapter | None:
     if len(adapters) != 1:
         return None
     (adapter,) = adapters
-    inputs_change = adapter.needs_weight and (slot.layout.looked_up or adapter.drops())  # on inputs, or on W x too
-    return None if inputs_change or not adapter.low_rank or adapter.waits_for_weight else adapter
+    gain_on_input = (adapter.needs_weight and slot.layout.looked_up) or adapter.drops_for_gain()
+    return None if gain_on_input or not adapter.low_rank or adapter.waits_for_weight else adapter
 
 
 def _added(adapter: Adapter, layer: AdaptedLinear, output: Tensor, x: Tensor) -> Tensor:

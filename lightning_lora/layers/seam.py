@@ -204,11 +204,11 @@ def _with_gain(adapter: Adapter, layer: Called, slot: Slot, output: Tensor, inpu
     adapter.start(matrix)
     x, (up, down), gain = adapter.dropped(input), adapter.factors(), adapter.gain(matrix)
     if gain is not None:
-        if x is input:
+        if not adapter.drops_for_gain():
             bias: Tensor | None = getattr(layer, "bias", None)
             rows = slice(*slot.layout.rows) if slot.layout.rows is not None else slice(None)
             product = output if bias is None else output - layer.along_units(layer, bias[rows]).to(output.dtype)
-        else:  # dropout is on the input of the whole change
+        else:
             product = layer.product(layer, x, _as_weight(layer, slot, matrix), output.shape)
         output = output + layer.along_units(layer, slot.layout.per_unit(gain) - 1).to(output.dtype) * product
         up, down = (up, down * gain) if slot.layout.looked_up else (up * gain, down)
@@ -220,8 +220,12 @@ def _dense(
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and the matrix, with a change that is not low-rank in them."""
     adapter.start(weight)
-    change = _as_weight(layer, slot, adapter.change(weight))
-    output = output + layer.product(layer, adapter.dropped(input), change, output.shape).to(output.dtype)
+    x, change = adapter.dropped(input), adapter.change(weight)
+    if adapter.drops() and not adapter.drops_for_gain() and (gain := adapter.gain(weight)) is not None:
+        branch = gain * adapter.delta()
+        kept = layer.product(layer, input, _as_weight(layer, slot, change - branch), output.shape)
+        output, change = output + kept.to(output.dtype), branch
+    output = output + layer.product(layer, x, _as_weight(layer, slot, change), output.shape).to(output.dtype)
     return output, adapter.adapted(weight)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class DoRA(LoRA):
         r: Rank; 0 trains the magnitudes alone, at one site by ``rank_pattern`` or everywhere.
         detach_norm: Whether the norm counts as a constant in the backward pass (section 4.3 of the paper); the gradient
             of the magnitudes is the same with and without.
+        dropout_on: ``change`` zeroes elements of the input of all that is not the base, as the paper does, and takes a
+            second product with W for it; ``branch`` only of the input of ``lora_B @ lora_A``, with the same mean.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -42,6 +44,15 @@ class DoRA(LoRA):
 
     lowest_rank: ClassVar[int] = 0
     detach_norm: bool = True
+    dropout_on: Literal["change", "branch"] = "change"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout_on not in ("change", "branch"):
+            raise ValueError(
+                f"dropout_on={self.dropout_on!r}: must be 'change' (all that is not the base, as in the paper) or "
+                "'branch' (lora_B @ lora_A alone)"
+            )
 
     def kind(self) -> type[LoRAAdapter]:
         """Return the class of its adapters."""
@@ -50,7 +61,7 @@ class DoRA(LoRA):
     def build(self, shape: tuple[int, ...], **factory: Any) -> Adapter:
         """Create the adapter of one (out, in) matrix, or of a stack of them."""
         adapter: Any = super().build(shape, **factory)
-        adapter.detach_norm = self.detach_norm
+        adapter.detach_norm, adapter.dropout_on = self.detach_norm, self.dropout_on
         if self.r == 0:  # what is empty gets no gradient, which the optimizer and DDP would wait for
             adapter.lora_A.requires_grad_(False)
             adapter.lora_B.requires_grad_(False)
