@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_lora.dropout import dropout
 
 if TYPE_CHECKING:
     from lightning_lora.method import Method
@@ -146,7 +147,7 @@ class Adapter(nn.Module):
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return ``x`` after the adapter's dropout; an index passes."""
-        return F.dropout(x, self.dropout) if self.drops() and x.is_floating_point() else x
+        return dropout(x, self.dropout) if self.drops() and x.is_floating_point() else x
 
     def drops(self) -> float:
         """Return the probability with which an element of the input is zeroed now."""

@@ -1,25 +1,37 @@
-"""Dropout of which one byte for each element is kept."""
+"""Dropout: of an adapter's input, drawn quickly on a CPU, and told by a mask of one byte for each element."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Return ``x`` with elements zeroed and the others divided by ``1 - p``, and the mask of those others.
-
-    On a CPU PyTorch draws a mask element by element; here each 64 bits that its generator gives decide on two.
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Return ``x`` with elements zeroed and the others divided by ``1 - p``.
 
     Args:
         x: Of a floating-point type.
         p: Probability with which an element is zeroed, from 0 to below 1.
     """
+    looked_at = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return dropped(x, p)[0] if x.is_cpu and type(x) is Tensor and not looked_at else F.dropout(x, p)
+
+
+def dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Return what ``dropout`` does, and the mask of what it left.
+
+    On a CPU PyTorch draws a mask element by element; here each 64 bits that its generator gives decide on two.
+
+    Args:
+        x: As for ``dropout``.
+        p: Likewise.
+    """
     if not x.is_cpu:
         return torch.native_dropout(x, p, True)
     least = min(round(p * 2**32), 2**32 - 1) - 2**31  # a comparison with a larger number would wrap around
     mask = (_bits(x.numel()) >= least).view(x.shape)
-    return factor(mask, x).mul_(x).mul_(1 / (1 - p)), mask
+    return (x * factor(mask, x)).mul_(1 / (1 - p)), mask
 
 
 def _bits(n: int) -> Tensor:

@@ -1,13 +1,16 @@
-"""Dropout of which one byte for each element is kept."""
+"""Dropout of an adapter's input, and its mask."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
-from lightning_lora.dropout import dropped, factor
+from lightning_lora.dropout import dropout, dropped, factor
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -34,6 +37,38 @@ def test_as_many_stay_as_are_to_stay_in_every_place(p: float) -> None:
     both = stay**2
     assert abs(mask.all(1).sum().item() - n * both) <= 5 * math.sqrt(n * both * (1 - both))
     assert abs((mask[1:, 0] & mask[:-1, 1]).sum().item() - (n - 1) * both) <= 5 * math.sqrt(n * both * (1 - both))
+
+
+def test_gradients_are_those_of_a_product_with_the_mask() -> None:
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+
+    def seeded(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return dropout(x, 0.4)
+
+    assert gradcheck(seeded, x)
+    assert gradgradcheck(seeded, x)
+    assert torch.equal(seeded(x) == 0, seeded(torch.ones(6, 5)) == 0)
+
+
+class Tracked(Tensor):
+    """A subclass, which may have a random number generator of its own."""
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        torch.compile(dropout, backend="eager", fullgraph=True),
+        lambda x, p: torch.vmap(lambda row: dropout(row, p), randomness="different")(x),
+        lambda x, p: dropout(x.as_subclass(Tracked), p),
+    ],
+    ids=["compiled", "vmap", "subclass"],
+)
+def test_it_is_pytorchs_own_where_something_looks_at_each_operation(run: Callable[[Tensor, float], Tensor]) -> None:
+    torch.manual_seed(0)
+    left = run(torch.ones(100, 100), 0.5)
+    assert set(left.unique().tolist()) == {0.0, 2.0}
+    assert 4500 < (left == 0).sum() < 5500
 
 
 def test_nothing_is_dropped_at_zero() -> None:
