@@ -26,6 +26,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
 
 
+def test_tests_that_share_processes_are_sent_to_one_worker(request: pytest.FixtureRequest) -> None:
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("not by pytest-xdist's --dist loadgroup")
+    assert request.node.nodeid.endswith("@test_clusters")
+
+
 def test_lora_ddp_is_known_by_name_and_keeps_ranks_alike(found):
     name, (first, second) = found["by_name"]
     assert name == "LoRADDPStrategy"

@@ -586,6 +586,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+of_two_processes = pytest.mark.xdist_group("test_initialisations")
+
+
+@of_two_processes
 def test_two_processes_get_the_start_of_all_their_batches_and_the_same_one(two_processes: Path) -> None:
     from data_start_processes import data as all_batches
     from data_start_processes import started as in_one_process
@@ -600,6 +604,7 @@ def test_two_processes_get_the_start_of_all_their_batches_and_the_same_one(two_p
             assert torch.allclose(one[name].abs(), value.abs(), atol=1e-6)
 
 
+@of_two_processes
 def test_two_processes_stop_at_the_same_batch_when_the_directions_of_both_have_settled(two_processes: Path) -> None:
     from data_start_processes import settled, streams
 

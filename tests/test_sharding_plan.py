@@ -219,6 +219,8 @@ def main(rank: int, folder: Path, world: int) -> None:
 
 # ---- the tests
 
+pytestmark = pytest.mark.xdist_group("test_sharding_plan")  # so that one worker runs the processes, once
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Found]:

@@ -71,6 +71,7 @@ from lightning_lora.checkpoints import AdapterCheckpointIO
 from lightning_lora.gradient_stops import why_no_gradient
 from lightning_lora.methods.lora import LoRAAdapter
 
+pytestmark = pytest.mark.xdist_group("test_traps")  # so that one worker runs the processes, once
 METHOD = LoRA(r=2, alpha=4)
 IN_EVAL_MODE = pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
 
