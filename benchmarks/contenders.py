@@ -195,6 +195,7 @@ def compare(base: Base, case: Case, rounds: int, peers: Sequence[str] = ()) -> d
     seconds = by_turns({who: contender.step for who, contender in contenders.items()}, rounds, warmup=1)
     against = "PEFT" if "PEFT" in contenders else "floor"
     return {
+        "case": str(case),
         **vars(case),
         "rounds": rounds,
         "seconds": seconds,

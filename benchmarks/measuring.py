@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from lightning_lora.plots import empty_figure
+
 RESULTS = Path(__file__).parent / "results"
 WITHOUT_KERNEL = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "detach", "alias", "unsqueeze", "squeeze"),
@@ -227,6 +229,31 @@ def ratio(found: Sequence[float], best: bool = False) -> str:
     """Return a median with its quartiles, as a cell."""
     middle = f"**{found[1]:.2f}**" if best else f"{found[1]:.2f}"
     return f"{middle} ({found[0]:.2f} to {found[2]:.2f})"
+
+
+def draw_ratios(name: str, cases: Mapping[str, Mapping[str, Sequence[float]]], to: str = "PEFT") -> None:
+    """Draw the ratios of times of many cases among the results: medians, and lines from quartile to quartile.
+
+    Args:
+        name: The picture's.
+        cases: For each case, and each contender in it, what ``quartiles`` found.
+        to: The contender that the ratios are to, which is a line.
+    """
+    figure = empty_figure(f"benchmarks/{name}.py", 9, 1 + 0.2 * len(cases))
+    panel = figure.subplots()
+    for who, marker in {"floor": "|", "ours": "o"}.items():
+        found = [(place, ratios[who]) for place, ratios in enumerate(cases.values()) if who in ratios]
+        places, (low, middle, high) = [place for place, _ in found], zip(*(ratios for _, ratios in found), strict=True)
+        panel.hlines(places, low, high, color="C0" if who == "ours" else "C7")
+        panel.plot(middle, places, marker, color="C0" if who == "ours" else "C7", label=who)
+    panel.axvline(1.0, color="C3", label=to)
+    panel.set_yticks(range(len(cases)), list(cases), fontsize=7)
+    panel.margins(y=0.02)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.3)
+    panel.set_xlabel(f"time of a step, to {to}'s")
+    panel.legend(loc="lower left")
+    figure.savefig(RESULTS / f"{name}.png", dpi=80)
 
 
 def write(name: str, record: Mapping[str, Any], page: str) -> None:

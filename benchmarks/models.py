@@ -10,7 +10,7 @@ from typing import Any
 
 from bases import bert, convolutions, encoder, gpt2, llama, vit
 from contenders import REGIMES, W16, W32, Case, compare
-from measuring import RESULTS, footer, measured_with, options, ratio, table, write
+from measuring import RESULTS, draw_ratios, footer, measured_with, options, ratio, table, write
 from peers import installed
 
 LAYERS, HIDDEN, HEADS = 2, 256, 8
@@ -92,6 +92,8 @@ PEFT / ours. Pixels and patches count as tokens. `python benchmarks/models.py` w
 {asked_for} cases are on it{", and `--resume` goes on" * (measured < asked_for)}. In half precision the floor of
 `nn.TransformerEncoder` is slow because PyTorch's backward copies a frozen matrix for each example there.
 
+![Time of a step beside PEFT's](models.png)
+
 {chr(10).join(parts)}
 ## Linear layers of other libraries
 
@@ -132,6 +134,8 @@ def main() -> None:
         print(f"{asked.base}, {asked}: {seconds_of(into[-1], 'ours')}", flush=True)
         record |= measured_with(given.remark)
         write("models", record, page(record, len(todo)))
+    found = [one for cases in record["sections"].values() for one in cases if one["ratios to"] == "PEFT"]
+    draw_ratios("models", {f"{one['base']}, {one['case']}": one["ratios"] for one in found})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from bases import llama
 from contenders import ALL16, AMP, METHODS, W16, W32, Case, Contender, compare, ours
 from lightning_lora import DeltaLoRA, DoRA, Method, sites
-from measuring import by_turns, footer, measured_with, options, quartiles, ratio, table, write
+from measuring import by_turns, draw_ratios, footer, measured_with, options, quartiles, ratio, table, write
 
 LAYERS, HIDDEN, INNER = 2, 512, 1376
 BASE = llama(LAYERS, HIDDEN, INNER, heads=8, key_heads=8)
@@ -117,6 +117,8 @@ optimizer); MiB kept for the backward pass; MiB that forward and backward alloca
 before; MiB that all launches together read and write, where each reads its inputs and writes its results once; GFLOP of
 products and attention.
 
+![Time of a step beside PEFT's](step.png)
+
 {table(head, rows)}
 Bytes at the peak, ours to PEFT's, with a bf16 base: {"; ".join(peaks)}.
 
@@ -136,6 +138,7 @@ def main() -> None:
         print(f"{asked}: {cases[-1]['ratios']['ours'][1]:.2f} of PEFT's time", flush=True)
     record = {"cases": cases, "beside LoRA": beside_lora(given.rounds), **measured_with(given.remark)}
     write("step", record, page(record))
+    draw_ratios("step", {found["case"]: found["ratios"] for found in cases})
 
 
 if __name__ == "__main__":

@@ -40,10 +40,18 @@ def low_rank_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float
     few = x.dtype != down.dtype and x.is_cpu and x.numel() < _FEWEST_ROWS_IN_HALF * down.shape[-1]
     if few and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         x = x.to(torch.promote_types(x.dtype, down.dtype))
-    z = F.linear(x, _cast(down, x))
-    if scaling != 1:
-        z = scaling * z  # not `torch.add(alpha=)`, which inductor drops before a product
+    z = scaled(F.linear(x, _cast(down, x)), scaling)
     return y + _cast(F.linear(z, _cast(up, z)), y)
+
+
+def scaled(z: Tensor, scaling: float) -> Tensor:
+    """Return ``scaling * z``, for the small factor's product: inductor drops the alpha of a sum before a product.
+
+    Args:
+        z: (..., r).
+        scaling: The factor; 1 takes no launch.
+    """
+    return z if scaling == 1 else scaling * z
 
 
 def fused_step(y: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:

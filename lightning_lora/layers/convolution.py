@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora.functional import scaled
 from lightning_lora.layers.seam import Called, plain_class
 from lightning_lora.layout import Layout
 
@@ -41,7 +42,7 @@ class AdaptedConvolution(Called):
     def step(layer: Any, output: Tensor, x: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
         """Return the output plus the convolution with A and the 1x1 convolution with B."""
         z = layer._conv_forward(x, down.reshape(-1, *layer.weight.shape[1:]).to(x.dtype), None)
-        change = _pointwise(scaling * z, up.reshape(-1, up.shape[-1]), layer)
+        change = _pointwise(scaled(z, scaling), up.reshape(-1, up.shape[-1]), layer)
         return output + change.to(output.dtype)
 
     @staticmethod
@@ -75,7 +76,7 @@ class AdaptedConvTranspose(Called):
         """Return the output plus the 1x1 convolution with A and the transposed convolution with B."""
         z = _pointwise(x, down.reshape(-1, down.shape[-1]), layer)
         kernel = up.mT.reshape(-1, *layer.weight.shape[1:])
-        change = AdaptedConvTranspose.product(layer, scaling * z, kernel, output.shape)
+        change = AdaptedConvTranspose.product(layer, scaled(z, scaling), kernel, output.shape)
         return output + change.to(output.dtype)
 
     @staticmethod

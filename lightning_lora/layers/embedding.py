@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora.functional import scaled
 from lightning_lora.layers.seam import Called
 from lightning_lora.layout import Layout
 
@@ -33,7 +34,7 @@ class AdaptedEmbedding(Called):
 
         Gradients of the factors are dense even where the layer's own would be sparse, so that any optimizer takes them.
         """
-        z = scaling * AdaptedEmbedding.product(layer, x, up, output.shape).to(output.dtype)
+        z = scaled(AdaptedEmbedding.product(layer, x, up, output.shape).to(output.dtype), scaling)
         return output + (z @ down.to(z.dtype)).to(output.dtype)
 
     @staticmethod
