@@ -1,4 +1,4 @@
-"""Dropout: of an adapter's input, drawn quickly on a CPU, and told by a mask of one byte for each element."""
+"""Dropout of an adapter's input, which a CPU draws quickly, and its mask of one byte for each element."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def _with_gain(adapter: Adapter, layer: Called, slot: Slot, output: Tensor, inpu
     adapter.start(matrix)
     x, (up, down), gain = adapter.dropped(input), adapter.factors(), adapter.gain(matrix)
     if gain is not None:
-        if not adapter.drops_for_gain():
+        if x is input or not adapter.drops_for_gain():
             bias: Tensor | None = getattr(layer, "bias", None)
             rows = slice(*slot.layout.rows) if slot.layout.rows is not None else slice(None)
             product = output if bias is None else output - layer.along_units(layer, bias[rows]).to(output.dtype)
