@@ -231,27 +231,25 @@ def ratio(found: Sequence[float], best: bool = False) -> str:
     return f"{middle} ({found[0]:.2f} to {found[2]:.2f})"
 
 
-def draw_ratios(name: str, cases: Mapping[str, Mapping[str, Sequence[float]]], to: str = "PEFT") -> None:
-    """Draw the ratios of times of many cases among the results: medians, and lines from quartile to quartile.
+def draw_ratios(name: str, cases: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Draw the times of many cases as ratios to PEFT's: medians, and lines from quartile to quartile.
 
     Args:
-        name: The picture's.
+        name: The picture's, among the results.
         cases: For each case, and each contender in it, what ``quartiles`` found.
-        to: The contender that the ratios are to, which is a line.
     """
     figure = empty_figure(f"benchmarks/{name}.py", 9, 1 + 0.2 * len(cases))
     panel = figure.subplots()
-    for who, marker in {"floor": "|", "ours": "o"}.items():
-        found = [(place, ratios[who]) for place, ratios in enumerate(cases.values()) if who in ratios]
-        places, (low, middle, high) = [place for place, _ in found], zip(*(ratios for _, ratios in found), strict=True)
-        panel.hlines(places, low, high, color="C0" if who == "ours" else "C7")
-        panel.plot(middle, places, marker, color="C0" if who == "ours" else "C7", label=who)
-    panel.axvline(1.0, color="C3", label=to)
+    for who, marker, color in (("floor", "|", "C7"), ("ours", "o", "C0")):
+        low, middle, high = zip(*(ratios[who] for ratios in cases.values()), strict=True)
+        panel.hlines(range(len(cases)), low, high, color=color)
+        panel.plot(middle, range(len(cases)), marker, color=color, label=who)
+    panel.axvline(1.0, color="C3", label="PEFT")
     panel.set_yticks(range(len(cases)), list(cases), fontsize=7)
     panel.margins(y=0.02)
     panel.invert_yaxis()
     panel.set_xlim(0, 1.3)
-    panel.set_xlabel(f"time of a step, to {to}'s")
+    panel.set_xlabel("time of a step, to PEFT's")
     panel.legend(loc="lower left")
     figure.savefig(RESULTS / f"{name}.png", dpi=80)
 
